@@ -1,0 +1,9 @@
+"""The one exception that bad input raises."""
+
+
+class InputError(Exception):
+    """Bad input from outside: a file, a config field, a flag.
+
+    Its text is one sentence that names where the fault is (file, line, field or flag), the value
+    found and the values allowed. Entry points print it without a traceback and exit with status 2.
+    """

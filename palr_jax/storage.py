@@ -1,0 +1,83 @@
+"""Reading and writing files so that nothing is ever left half-written.
+
+Paths go through `etils.epath`, so `gs://…` works where a local path does. A local file is written
+under a temporary name and renamed. Object stores have no rename, but a write there appears whole
+or not at all.
+"""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from palr_jax.errors import InputError
+
+
+def write_bytes(path: epath.PathLike, data: bytes) -> None:
+    """Writes `data` to `path`, whole or not at all; makes the parent folders."""
+    path = epath.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if '://' in os.fspath(path):
+            path.write_bytes(data)
+            return
+        temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({error.strerror or error}).') from error
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes `text` as UTF-8; see `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Writes `value` as JSON; NaN and infinity are refused (unknown is null)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + '\n')
+
+
+def write_arrays(path: epath.PathLike, **arrays: np.ndarray) -> None:
+    """Writes named numeric arrays as one `.npz` file."""
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **arrays)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      InputError: the file is missing or is not JSON.
+    """
+    path = epath.Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(f'{path}: this file does not exist.') from error
+    except ValueError as error:
+        raise InputError(f'{path}: this file is not valid JSON ({error}).') from error
+
+
+def read_arrays(path: epath.PathLike) -> Mapping[str, np.ndarray]:
+    """Reads what `write_arrays` wrote; pickled content is refused.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    path = epath.Path(path)
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError as error:
+        raise InputError(f'{path}: this file does not exist.') from error
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f'{path}: this file is damaged ({error}).') from error
