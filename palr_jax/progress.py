@@ -41,16 +41,13 @@ class Progress:
             logging.info('%s', self._line(now, note))
 
     def _line(self, now: float, note: str) -> str:
-        meter = tqdm.format_meter(
-            self.done,
-            self.total,
-            now - self._start,
-            initial=self._initial,
-            prefix=self.name,
-            unit=f' {self.unit}',
-            bar_format='{desc}: {n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}]',
-        )
-        return f'{meter} {note}'.rstrip()
+        seconds = now - self._start
+        rate = (self.done - self._initial) / max(seconds, 1e-9)
+        speed = f'{rate:.1f} {self.unit}/s' if rate >= 1 else f'{60 * rate:.1f} {self.unit}/min'
+        left = tqdm.format_interval((self.total - self.done) / max(rate, 1e-9))
+        return (
+            f'{self.name}: {self.done} of {self.total} {self.unit}, {speed}, {left} left; {note}'
+        ).rstrip('; ')
 
     def __enter__(self) -> 'Progress':
         return self

@@ -8,6 +8,8 @@ or not at all.
 import io
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,5 +81,5 @@ def read_arrays(path: epath.PathLike) -> Mapping[str, np.ndarray]:
             return {name: file[name] for name in file.files}
     except FileNotFoundError as error:
         raise InputError(f'{path}: this file does not exist.') from error
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f'{path}: this file is damaged ({error}).') from error
