@@ -1,0 +1,42 @@
+"""From ranked items to numbers that can be trusted: metrics, intervals, tests and the report.
+
+Every user counts, ties are no luck, and each comparison is paired.
+"""
+
+from palr_jax.evaluation.metrics import (
+    TargetRanks,
+    hit_rate,
+    ndcg,
+    rank_targets,
+    recall,
+    reciprocal_rank,
+)
+from palr_jax.evaluation.render import table
+from palr_jax.evaluation.report import (
+    SCHEMA,
+    AnswerLoss,
+    Comparison,
+    Run,
+    build,
+    by_group,
+    sampled,
+    write,
+)
+
+__all__ = [
+    'SCHEMA',
+    'AnswerLoss',
+    'Comparison',
+    'Run',
+    'TargetRanks',
+    'build',
+    'by_group',
+    'hit_rate',
+    'ndcg',
+    'rank_targets',
+    'recall',
+    'reciprocal_rank',
+    'sampled',
+    'table',
+    'write',
+]

@@ -1,0 +1,303 @@
+"""A report as text: Markdown for people who read it, a table for the terminal."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+SYSTEMS = {
+    'popularity': 'Popularity',
+    'retriever': 'Retriever',
+    'llm_zero_shot': 'LLM zero-shot',
+    'llm': 'LLM fine-tuned',
+    'fused': 'Fused',
+}
+DATASETS = {'ml100k': 'MovieLens 100K', 'ml1m': 'MovieLens 1M', 'beauty': 'Amazon Beauty'}
+SPLITS = {'valid': 'Validation', 'test': 'Test'}
+DETAILS = ('variant', 'mode', 'objective')
+WITH_INTERVAL = ('HR@10', 'NDCG@10')  # in Markdown; metrics.json has the intervals of all
+UNKNOWN = '–'
+SIGNED = '+z.4f'  # never -0.0000
+
+
+def labels(rows: Sequence[Row]) -> list[str]:
+    """One name a row: the system, and of its details those that differ between its rows.
+
+    The rows of a system in another split, user set or group share its name.
+    """
+    names = []
+    for row in rows:
+        same = [other for other in rows if other['system'] == row['system']]
+        telling = [key for key in DETAILS if len({other[key] for other in same}) > 1]
+        names.append('/'.join([row['system'], *(row[key] for key in telling if row[key])]))
+    return names
+
+
+def title(label: str) -> str:
+    """A label for people: 'llm/no_profile' -> 'LLM fine-tuned (no profile)'."""
+    system, *details = (part.replace('_', ' ') for part in label.split('/'))
+    shown = SYSTEMS.get(label.split('/')[0]) or system.capitalize().replace('llm', 'LLM')
+    return f'{shown} ({", ".join(details)})' if details else shown
+
+
+def dataset_title(report: Row) -> str:
+    name = report['dataset'].get('name')
+    return DATASETS.get(name, name) or 'Unnamed data'
+
+
+def blocks(report: Row, *, groups: bool = False) -> list[tuple[str, list[tuple[str, Row]]]]:
+    """The rows that may be compared with each other: one block a split and user set, test first.
+
+    Args:
+      groups: whether to return the rows of groups of users instead of those of all.
+
+    Returns:
+      (heading, [(label, row), …]) a block.
+    """
+    found: dict[tuple[str, str], list[tuple[str, Row]]] = {}
+    for label, row in zip(labels(report['runs']), report['runs']):
+        if ('group' in row) == groups:
+            found.setdefault((row['split'], str(row['user_set'])), []).append((label, row))
+    ordered = sorted(found.items(), key=lambda block: block[0][0] != 'test')
+    return [(_heading(rows[0][1]), rows) for _, rows in ordered]
+
+
+def _heading(row: Row) -> str:
+    split = SPLITS.get(row['split'], row['split'])
+    users = row['user_set']
+    if users != 'all':
+        return f'{split}, sample of {users["n"]:,} users (seed {users["seed"]})'
+    return f'{split}, all users' if 'group' in row else f'{split}, all {row["users"]:,} users'
+
+
+def metric_names(report: Row) -> list[str]:
+    return list(report['runs'][0]['ci95'])
+
+
+def number(value: float | None, form: str = '.4f') -> str:
+    return UNKNOWN if value is None else format(value, form)
+
+
+def interval(bounds: Sequence[float] | None, form: str = '.4f') -> str:
+    return UNKNOWN if bounds is None else f'[{bounds[0]:{form}}, {bounds[1]:{form}}]'
+
+
+def compared_users(report: Row, comparison: Row) -> int | None:
+    """Number of users of a comparison: of the two rows in one block that have its difference."""
+    metric, difference = comparison['metric'], comparison['difference']
+    if difference is None:
+        return 0
+    for rows in (*blocks(report), *blocks(report, groups=True)):
+        for name_a, a in rows[1]:
+            for name_b, b in rows[1]:
+                named = (name_a, name_b) == (comparison['a'], comparison['b'])
+                alike = a.get('group') == b.get('group') and a['users'] == b['users'] > 0
+                if named and alike and abs(a[metric] - b[metric] - difference) < 1e-9:
+                    return a['users']
+    return None
+
+
+def table(report: Row) -> str:
+    """The main numbers, at most 100 columns wide."""
+    lines = [_summary(report)]
+    width = 34
+    for heading, rows in blocks(report):
+        lines += ['', heading]
+        lines.append(
+            f'{"system":<{width}}{"users":>8}{"HR@1":>8}{"HR@10":>8}{"NDCG@10":>9}'
+            f'  {"95 % interval":<18}{"MRR":>6}'
+        )
+        for label, row in rows:
+            lines.append(
+                f'{_cut(title(label), width)}{row["users"]:>8,}{number(row["HR@1"]):>8}'
+                f'{number(row["HR@10"]):>8}{number(row["NDCG@10"]):>9}'
+                f'  {interval(row["ci95"]["NDCG@10"]):<18}{number(row["MRR"]):>6}'
+            )
+    if report['comparisons']:
+        width = 45
+        lines += ['', 'Paired differences on the same users']
+        lines.append(
+            f'{"":<{width}}{"users":>7}  {"metric":<8}{"diff":>8}'
+            f'  {"95 % interval":<20}{"p, Holm":>8}'
+        )
+        for row in report['comparisons']:
+            users = number(compared_users(report, row), ',')
+            lines.append(
+                f'{_cut(_pair(row), width)}{users:>7}'
+                f'  {row["metric"]:<8}{number(row["difference"], SIGNED):>8}'
+                f'  {interval(row["ci95"], SIGNED):<20}{number(row["p_adjusted"]):>8}'
+            )
+    lines += ['', *_facts(report)]
+    return '\n'.join(lines) + '\n'
+
+
+def _facts(report: Row) -> list[str]:
+    """What a reader of the terminal table must know besides, as wrapped list items."""
+    found = report['retrieval']
+    facts = []
+    if 'backend' in found:
+        facts.append(
+            f'Retrieval, all users: recall@20 {number(found.get("recall@20"))}, recall@50 '
+            f'{number(found.get("recall@50"))}; index {found["backend"]}, its recall against exact '
+            f'search {number(found.get("recall_vs_exact"))}.'
+        )
+    if report['finetune']:
+        loss = report['finetune']['answer_loss']
+        facts.append(
+            f'Fine-tuning, {report["finetune"]["users"]} users who gave no example: loss of the '
+            f'answers {number(loss["before"])} before, {number(loss["after"])} after, difference '
+            f'{interval(loss["ci95"]["difference"], SIGNED)} nats a token.'
+        )
+    wrap = textwrap.TextWrapper(width=100, initial_indent='- ', subsequent_indent='  ')
+    return [line for fact in [*facts, *report['notes']] for line in wrap.wrap(fact)]
+
+
+def _pair(comparison: Row) -> str:
+    return f'{title(comparison["a"])} − {title(comparison["b"])}'
+
+
+def _cut(text: str, width: int) -> str:
+    """`text` in exactly `width` columns, a blank at the end."""
+    return f'{text if len(text) < width else f"{text[: width - 2]}…":<{width}}'
+
+
+def _summary(report: Row) -> str:
+    counts = [
+        f'{report["dataset"][key]:,} {key}'
+        for key in ('users', 'items', 'interactions')
+        if report['dataset'].get(key) is not None
+    ]
+    return ': '.join(
+        [dataset_title(report), ', '.join(counts)] if counts else [dataset_title(report)]
+    )
+
+
+def markdown(report: Row) -> str:
+    """The whole report."""
+    names = metric_names(report)
+    parts = [f'# {dataset_title(report)}: who ranks better', f'{_summary(report)}.']
+    parts += ['![HR@10 and NDCG@10 of the systems](comparison.png)', '## Results']
+    for heading, rows in blocks(report):
+        parts += [f'### {heading}', _result_table(rows, names)]
+    if report['comparisons']:
+        parts += ['## Comparisons', _comparison_table(report)]
+    groups = blocks(report, groups=True)
+    if groups:
+        parts.append('## Groups of users')
+        for heading, rows in groups:
+            parts += [f'### {heading}', _result_table(rows, names, group=True)]
+    if report['finetune']:
+        parts += ['## Fine-tuning', _finetune_table(report['finetune'])]
+    parts += ['## Retrieval', _properties(report['retrieval'])]
+    parts += ['## How to read this', _reading(report)]
+    if report['notes']:
+        parts += ['## Notes on this run', '\n'.join(f'- {note}' for note in report['notes'])]
+    for name, key in (('Data', 'dataset'), ('Timing', 'timing'), ('Versions', 'versions')):
+        parts += [f'## {name}', _properties(report[key])]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _result_table(
+    rows: Sequence[tuple[str, Row]], names: Sequence[str], *, group: bool = False
+) -> str:
+    head = ['System', *(['Group'] if group else []), 'Users']
+    head += [
+        entry for name in names for entry in ([name, '95 %'] if name in WITH_INTERVAL else [name])
+    ]
+    body = []
+    for label, row in rows:
+        line = [title(label), *([row['group']] if group else []), f'{row["users"]:,}']
+        for name in names:
+            line.append(number(row[name]))
+            if name in WITH_INTERVAL:
+                line.append(interval(row['ci95'][name]))
+        body.append(line)
+    return _table(head, body, left=2 if group else 1)
+
+
+def _comparison_table(report: Row) -> str:
+    head = ['A − B', 'Metric', 'Users', 'Difference', '95 %', 'p', 'p (Holm)']
+    body = []
+    for row in report['comparisons']:
+        users = compared_users(report, row)
+        body.append(
+            [
+                _pair(row),
+                row['metric'],
+                number(users, ','),
+                number(row['difference'], SIGNED),
+                interval(row['ci95'], SIGNED),
+                number(row['p_value']),
+                number(row['p_adjusted']),
+            ]
+        )
+    return _table(head, body, left=2)
+
+
+def _finetune_table(finetune: Row) -> str:
+    loss = finetune['answer_loss']
+    text = (
+        f'Loss of the answers of {finetune["users"]:,} users ({finetune["examples"]:,} examples) '
+        'that gave no fine-tuning examples, in nats a token; mean over users.'
+    )
+    head = ['Before', '95 %', 'After', '95 %', 'Difference', '95 %']
+    line = []
+    for name, form in (('before', '.4f'), ('after', '.4f'), ('difference', SIGNED)):
+        line += [number(loss[name], form), interval(loss['ci95'][name], form)]
+    return f'{text}\n\n{_table(head, [line], left=0)}'
+
+
+def _reading(report: Row) -> str:
+    settings = report['evaluation']
+    lines = [
+        'Every user of a row counts; a user whose target is not among the ranked items is a miss '
+        'for every metric. The recall of the retrieval is the ceiling of what ranks its items.',
+        'Tied scores: each metric is its expected value over a random order of the tied items.',
+        f'MRR is cut at rank {settings["candidates"]} for every system.',
+        f'Intervals: 95 % percentile bootstrap over users, {settings["resamples"]:,} resamples, '
+        f'seed {report["seed"]}. They cover the choice of the users, not that of the training '
+        'seed. A mean of 0 has the interval [0, 0], which does not make it certain.',
+        f'p: two-sided paired randomisation test, {settings["resamples"]:,} draws; corrected after '
+        f'Holm over the {len(report["comparisons"])} comparisons of this report.',
+    ]
+    if report['dataset'].get('tie_rule'):
+        lines.append(f'Events of a user at the same time: {report["dataset"]["tie_rule"]}.')
+    return '\n'.join(f'- {line}' for line in lines)
+
+
+def _properties(values: Row) -> str:
+    """Two columns; nested keys are joined by dots."""
+
+    def flat(values: Row, prefix: str) -> list[list[str]]:
+        lines = []
+        for key, value in values.items():
+            if isinstance(value, Mapping):
+                lines += flat(value, f'{prefix}{key}.')
+            elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+                for place, entry in enumerate(value, start=1):
+                    lines += flat(entry, f'{prefix}{key}.{place}.')
+            elif isinstance(value, list):
+                lines.append([f'{prefix}{key}', ', '.join(map(str, value))])
+            else:
+                lines.append([f'{prefix}{key}', _value(value)])
+        return lines
+
+    return _table(['', ''], flat(values, ''), left=2)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return UNKNOWN
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f'{value:,}' if isinstance(value, int) else f'{value:,.4g}'
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int) -> str:
+    """A Markdown table whose first `left` columns are flush left and the others right."""
+    ruler = [':--' if column < left else '--:' for column in range(len(head))]
+    return '\n'.join(
+        f'| {" | ".join(str(cell).replace("|", "&#124;") for cell in line)} |'
+        for line in (head, ruler, *body)
+    )
