@@ -1,0 +1,141 @@
+"""Who attends to whom: plans that the layers share, each one function over queries, keys, values.
+
+A plan is made once a forward pass and handed to every layer. `Causal` serves training and plain
+scoring; `OnePass` serves ranking, where all candidates of a user attend to one prompt.
+
+The G = H / K query heads that share a key-value head are folded into the query axis: [G*T, E] by
+[E, T] is one plain matrix product a key-value head. XLA's CPU backend takes three times as long for
+the same product with a group axis of its own. Logits and softmax are float32.
+
+Axis letters: B batch, T tokens, L prompt length, R rows, S row length, H heads, K key-value heads,
+G query heads a key-value head, E head dimension.
+"""
+
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+BLOCKS, LEAST_BLOCK = 4, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
+MASKED = -1e30  # finite: a row that is masked everywhere has a mean, not NaN
+
+
+@flax.struct.dataclass
+class Causal:
+    """Each token attends to itself and the earlier tokens of its own segment.
+
+    Attributes:
+      segments: [B, T] int32; 0 marks padding, which attends to padding: no row is fully masked.
+    """
+
+    segments: jax.Array
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """query [B, T, H, E], key and value [B, T, K, E] -> [B, T, H, E]."""
+        return _causal(query, key, value, self.segments)
+
+
+@flax.struct.dataclass
+class OnePass:
+    """The prompt attends causally to itself; each candidate to the prompt and to its own tokens.
+
+    The tokens are the prompt's L followed by R rows of S candidate tokens, several candidates a
+    row. A candidate token's logits over the prompt and over its own row are computed apart and
+    share one softmax: prompt keys are neither repeated for a candidate nor masked against other
+    candidates, and no logit exists between tokens of different rows.
+
+    Attributes:
+      prompt: [B, L] bool, True on the tokens of the prompt, which start at 0.
+      rows: [B, R, S] int32 candidate segments; 0 marks padding.
+    """
+
+    prompt: jax.Array
+    rows: jax.Array
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """query [B, L + R*S, H, E], key and value [B, L + R*S, K, E] -> [B, L + R*S, H, E]."""
+        B, _, H, E = query.shape
+        L, K = self.prompt.shape[1], key.shape[2]
+        R, S = self.rows.shape[1:]
+        G = H // K
+        of_prompt = _causal(
+            query[:, :L], key[:, :L], value[:, :L], self.prompt.astype(self.rows.dtype)
+        )
+
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        row_key, row_value = (x[:, :, L:].reshape(B, K, R, S, E) for x in (key, value))
+        query = query[:, L:].reshape(B, R, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)
+        over_prompt = _logits(query.reshape(B, K, R * G * S, E), key[:, :, :L])
+        over_row = _logits(query.reshape(B, K, R, G * S, E), row_key)
+        (prompt_weights, row_weights), total = _exponentials(
+            jnp.where(
+                self.prompt[:, None, None, None, None],
+                over_prompt.reshape(B, K, R, G, S, L),
+                MASKED,
+            ),
+            jnp.where(
+                _causal_mask(self.rows, 0, S)[:, None, :, None],
+                over_row.reshape(B, K, R, G, S, S),
+                MASKED,
+            ),
+        )
+        from_prompt = _weigh(prompt_weights.reshape(B, K, R * G * S, L), value[:, :, :L])
+        from_row = _weigh(row_weights.reshape(B, K, R, G * S, S), row_value)
+        of_rows = from_prompt.reshape(B, K, R, G, S, E) + from_row.reshape(B, K, R, G, S, E)
+        of_rows = (of_rows / total).astype(value.dtype).transpose(0, 2, 4, 1, 3, 5)
+        return jnp.concatenate([of_prompt, of_rows.reshape(B, R * S, H, E)], axis=1)
+
+
+def _causal(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """Causal attention within segments [B, T]; the other shapes as in `Causal`.
+
+    Each block of queries reads the keys up to its own end, which saves most of the masked half.
+    """
+    B, T, H, E = query.shape
+    K = key.shape[2]
+    G = H // K
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    size = max(LEAST_BLOCK, -(-T // BLOCKS))
+    blocks = []
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        n = stop - start
+        block = query[:, start:stop].reshape(B, n, K, G, E).transpose(0, 2, 3, 1, 4)
+        logits = _logits(block.reshape(B, K, G * n, E), key[:, :, :stop])
+        mask = _causal_mask(segments, start, stop)[:, None, None]
+        (weights,), total = _exponentials(jnp.where(mask, logits.reshape(B, K, G, n, stop), MASKED))
+        mean = _weigh(weights.reshape(B, K, G * n, stop), value[:, :, :stop])
+        mean = (mean.reshape(B, K, G, n, E) / total).astype(value.dtype)
+        blocks.append(mean.transpose(0, 3, 1, 2, 4).reshape(B, n, H, E))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def _causal_mask(segments: jax.Array, start: int, stop: int) -> jax.Array:
+    """[..., T] segments -> [..., stop - start, stop]: may query start + i attend to key j?"""
+    same = segments[..., start:stop, None] == segments[..., None, :stop]
+    return same & jnp.tri(stop - start, stop, start, dtype=bool)
+
+
+def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
+    """query [..., Q, E], key [..., T, E] -> [..., Q, T] float32, scaled."""
+    dots = jnp.einsum('...qe,...te->...qt', query, key, preferred_element_type=jnp.float32)
+    return dots * query.shape[-1] ** -0.5
+
+
+def _exponentials(*logits: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+    """The numerators of one softmax over the last axes of all `logits`, and its denominator."""
+    largest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in logits])
+    largest = jax.lax.stop_gradient(largest)
+    numerators = [jnp.exp(x - largest) for x in logits]
+    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators)
+
+
+def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """weights [..., Q, T], value [..., T, E] -> [..., Q, E] float32."""
+    return jnp.einsum(
+        '...qt,...te->...qe',
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,264 @@
+"""The LLaMA architecture: plain functions for the mathematics, Linen for parameters and the scan.
+
+All layers are one scanned block, so a 32-layer program compiles like a one-layer program, and every
+leaf under `layers` has a leading layer axis. LLaMA 1, 2 and 3, SmolLM and TinyLlama differ only in
+their `LlamaConfig`.
+
+Axis letters: B batch, T tokens, D width, H heads, K key-value heads, E head dimension,
+V vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from palr_jax.llama.attention import Causal
+from palr_jax.llama.config import LlamaConfig
+from palr_jax.llama.lora import LoraSpec
+
+Params = Any  # a nested dict of arrays
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Rotation = tuple[jax.Array, jax.Array]
+ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # as PEFT
+LOGIT_CHUNK = 256  # scored tokens whose logits [chunk, V] exist at one time
+# The backward pass keeps the outputs of the projections and computes the attention and everything
+# elementwise again: a quarter of the memory for no measurable time.
+KEEP_PROJECTIONS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def inverse_frequencies(config: LlamaConfig) -> jax.Array:
+    """[E/2] RoPE angles a position (Su et al., 2021), stretched as `config.rope_scaling` says.
+
+    `linear` divides every frequency by the factor. `llama3` divides the low frequencies, keeps the
+    high ones and blends between (Llama 3.1 model card).
+    """
+    frequencies = config.rope_theta ** -(
+        jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    )
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == 'linear':
+        return frequencies / scaling.factor
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_max_positions / wavelengths  # in the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return blend * frequencies + (1 - blend) * frequencies / scaling.factor
+
+
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
+    """Rotates the halves of x [B, T, H, E] by (cosines, sines), each [B, T, 1, E/2], in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = rotation
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class Projection(nn.Module):
+    """x @ kernel, plus scaling * (x @ lora_a) @ lora_b where the projection is adapted."""
+
+    features: int
+    lora: LoraSpec | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        fan_in = x.shape[-1]
+        init = nn.initializers.normal(fan_in**-0.5)
+        kernel = self.param('kernel', init, (fan_in, self.features), self.dtype)
+        y = x @ kernel
+        if self.lora is None:
+            return y
+        # B starts at zero (the adapted model starts as the base model), A does not (else neither
+        # would ever move). Both stay float32: small updates vanish in bfloat16.
+        a = self.param('lora_a', ADAPTER_INIT, (fan_in, self.lora.rank))
+        b = self.param('lora_b', nn.initializers.zeros, (self.lora.rank, self.features))
+        return y + self.lora.scaling * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and gated MLP, each after a norm and added to its input."""
+
+    config: LlamaConfig
+    lora: LoraSpec | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rotation: Rotation, attention: Attention):
+        """x [B, T, D] -> (x, None), the form that `nn.scan` asks for."""
+        norm = functools.partial(Norm, self.config.norm_eps, self.dtype)
+        x = x + Attend(self.config, self.lora, self.dtype, name='attention')(
+            norm(name='attention_norm')(x), rotation, attention
+        )
+        x = x + Mlp(self.config, self.lora, self.dtype, name='mlp')(norm(name='mlp_norm')(x))
+        return x, None
+
+
+class Norm(nn.Module):
+    eps: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param('scale', nn.initializers.ones, x.shape[-1:], self.dtype)
+        return rms_norm(x, scale, self.eps)
+
+
+class Attend(nn.Module):
+    config: LlamaConfig
+    lora: LoraSpec | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rotation: Rotation, attention: Attention) -> jax.Array:
+        c = self.config
+        B, T, D = x.shape
+        project = functools.partial(_projection, self.lora, self.dtype)
+        query = project('q', c.heads * c.head_dim)(x).reshape(B, T, c.heads, c.head_dim)
+        key = project('k', c.kv_heads * c.head_dim)(x).reshape(B, T, c.kv_heads, c.head_dim)
+        value = project('v', c.kv_heads * c.head_dim)(x).reshape(B, T, c.kv_heads, c.head_dim)
+        out = attention(rotate(query, rotation), rotate(key, rotation), value)
+        return project('o', D)(out.reshape(B, T, c.heads * c.head_dim))
+
+
+class Mlp(nn.Module):
+    config: LlamaConfig
+    lora: LoraSpec | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        project = functools.partial(_projection, self.lora, self.dtype)
+        gate = nn.silu(project('gate', self.config.hidden)(x))
+        return project('down', x.shape[-1])(gate * project('up', self.config.hidden)(x))
+
+
+def _projection(lora: LoraSpec | None, dtype: jnp.dtype, name: str, features: int) -> Projection:
+    adapted = lora is not None and name in lora.targets
+    return Projection(features, lora if adapted else None, dtype, name=name)
+
+
+class Llama(nn.Module):
+    """Tokens to hidden states; the output head is applied only where a token is scored.
+
+    Attributes:
+      config: the architecture.
+      lora: which projections carry an adapter; None for the base model alone.
+      dtype: of the activations, whatever the parameters have; of the parameters that `init` makes.
+    """
+
+    config: LlamaConfig
+    lora: LoraSpec | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
+        """tokens and positions [B, T] int32 -> normed hidden states [B, T, D].
+
+        `attention` is a plan of `attention.py`: a pytree of arrays.
+        """
+        c = self.config
+        embed = nn.Embed(
+            c.vocab_size, c.width, dtype=self.dtype, param_dtype=self.dtype, name='embed'
+        )
+        x = embed(tokens)
+        angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(c)
+        rotation = jnp.cos(angles), jnp.sin(angles)
+        layers = nn.scan(
+            nn.remat(Block, prevent_cse=False, policy=KEEP_PROJECTIONS),
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )(c, self.lora, self.dtype, name='layers')
+        x, _ = layers(x, rotation, attention)
+        if not c.tied_head:
+            # Declared here so that the parameter tree is whole; read by `output_head`.
+            Projection(c.vocab_size, None, self.dtype, name='head')(x[:, :0])
+        return Norm(c.norm_eps, self.dtype, name='final_norm')(x)
+
+
+def output_head(params: Params) -> jax.Array:
+    """[D, V] kernel of the output projection: its own, or the transposed embedding when tied."""
+    if 'head' in params:
+        return params['head']['kernel']
+    return params['embed']['embedding'].T
+
+
+def log_likelihood(hidden: jax.Array, targets: jax.Array, head: jax.Array) -> jax.Array:
+    """Log-probability of each target token under the hidden state before it.
+
+    Logits, log-softmax and sums are float32. Only `LOGIT_CHUNK` rows of logits exist at a time,
+    in the backward pass too. A chunk takes every n-th token, so that each has its share of every
+    device's tokens where the batch is sharded: chunks of neighbours would be one device's work
+    after another's, and all of it would be gathered to all of them.
+
+    Args:
+      hidden: [N, D] hidden states, each of the token before its target; N at least 1.
+      targets: [N] int32 token ids; NaN comes back for one that is not in the vocabulary.
+      head: [D, V].
+
+    Returns:
+      [N] float32 natural-log probabilities.
+    """
+    N, D = hidden.shape
+    chunks = -(-N // LOGIT_CHUNK)
+    size = -(-N // chunks)
+    padding = size * chunks - N
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(size, chunks, D).swapaxes(0, 1)
+    targets = jnp.pad(targets, (0, padding)).reshape(size, chunks).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def one_chunk(inputs):
+        hidden, targets = inputs
+        logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    return jax.lax.map(one_chunk, (hidden, targets)).swapaxes(0, 1).reshape(-1)[:N]
+
+
+def apply_logits(
+    params: Params,
+    config: LlamaConfig,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    lora: LoraSpec | None = None,
+) -> jax.Array:
+    """Every logit of every position, for checks and small inputs.
+
+    Args:
+      params: the tree of `Llama`.
+      config: the architecture.
+      tokens: [B, T] int32.
+      positions: [B, T] int32; by default they count from 0 in every segment, padding left or right.
+      segments: [B, T] int32, 0 on padding; default one segment a row, no padding.
+      lora: the adapters in `params`, if any.
+
+    Returns:
+      [B, T, V] float32.
+    """
+    tokens = jnp.asarray(tokens)
+    if segments is None:
+        segments = jnp.ones_like(tokens)
+    if positions is None:
+        begins = jnp.argmax(segments[:, :, None] == segments[:, None, :], axis=-1)
+        positions = jnp.arange(tokens.shape[1]) - begins
+    dtype = params['embed']['embedding'].dtype
+    model = Llama(config, lora, dtype)
+    hidden = model.apply({'params': params}, tokens, positions, Causal(segments))
+    return jnp.dot(hidden, output_head(params), preferred_element_type=jnp.float32)

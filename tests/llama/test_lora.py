@@ -1,0 +1,155 @@
+"""Adapters: which leaves are theirs, where they start, what they add."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palr_jax.errors import InputError
+from palr_jax.llama import lora
+from palr_jax.llama.attention import Causal
+from palr_jax.llama.lora import LoraSpec
+from palr_jax.llama.model import Llama, Projection, apply_logits
+from palr_jax.testing.llama import random_params, tiny_config
+
+CONFIG = tiny_config(vocab_size=61)
+SPEC = LoraSpec(rank=4, alpha=8.0, targets=lora.TARGETS)
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9))
+
+
+@pytest.fixture(scope='module')
+def base():
+    return random_params(CONFIG, seed=1)
+
+
+@pytest.fixture(scope='module')
+def adapted():
+    return jax.jit(functools.partial(apply_logits, config=CONFIG, lora=SPEC))
+
+
+@pytest.fixture(scope='module')
+def plain(base):
+    return np.asarray(jax.jit(functools.partial(apply_logits, config=CONFIG))(base, tokens=TOKENS))
+
+
+def trained(spec=SPEC):
+    """An adapter as after training: no factor is zero."""
+    rng = np.random.default_rng(7)
+    adapter = lora.init_adapter(CONFIG, spec, seed=0)
+    return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), adapter)
+
+
+def test_split_takes_the_tree_apart_and_join_mends_it(base):
+    params = lora.join(trained(), base)
+    adapter, frozen = lora.split(params)
+    flat = jax.tree_util.tree_leaves_with_path(adapter)
+    assert len(flat) == 2 * len(lora.TARGETS)
+    assert all(path[-1].key in ('lora_a', 'lora_b') for path, _ in flat)
+    assert jax.tree.structure(frozen) == jax.tree.structure(base)
+    again = lora.join(adapter, frozen)
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params)))
+
+
+def test_labels_have_the_structure_of_the_parameters(base):
+    """L03: one label tree, derived from the parameters, for all that treats them differently."""
+    params = lora.join(trained(), base)
+    labels = lora.labels(params)
+    assert jax.tree.structure(labels) == jax.tree.structure(params)
+    assert labels['layers']['attention']['q'] == {
+        'kernel': lora.FROZEN,
+        'lora_a': lora.ADAPTER,
+        'lora_b': lora.ADAPTER,
+    }
+    assert set(jax.tree.leaves(lora.labels(base))) == {lora.FROZEN}
+
+
+def test_init_adapter_has_the_shapes_that_the_model_declares(base):
+    one = np.ones((1, 2), np.int32)
+    made = jax.eval_shape(Llama(CONFIG, SPEC).init, jax.random.key(0), one, one, Causal(one))
+    shape = functools.partial(jax.tree.map, lambda leaf: (leaf.shape, leaf.dtype))
+    drawn = lora.join(lora.init_adapter(CONFIG, SPEC, seed=0), base)
+    assert shape(drawn) == shape(made['params'])
+
+
+def test_a_is_random_and_b_is_zero_so_the_adapted_model_starts_as_the_base(base, plain, adapted):
+    """Two zero factors would never train; two random ones would spoil the base from the start."""
+    adapter = lora.init_adapter(CONFIG, SPEC, seed=0)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(adapter):
+        if path[-1].key == 'lora_b':
+            assert not np.any(leaf)
+        else:
+            assert_drawn_as_peft_draws(leaf, fan_in=leaf.shape[1])
+            assert not np.array_equal(leaf[0], leaf[1])  # each layer draws its own
+    np.testing.assert_allclose(adapted(lora.join(adapter, base), tokens=TOKENS), plain, atol=1e-5)
+
+
+def test_the_model_declares_the_same_start():
+    drawn = Projection(8, SPEC, jnp.float32).init(jax.random.key(0), jnp.ones((1, 300)))['params']
+    assert_drawn_as_peft_draws(drawn['lora_a'], fan_in=300)
+    assert not np.any(drawn['lora_b'])
+    assert drawn['lora_a'].dtype == drawn['lora_b'].dtype == jnp.float32
+
+
+def assert_drawn_as_peft_draws(a, fan_in):
+    """kaiming_uniform with a = sqrt(5): uniform within 1 / sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    assert np.abs(a).max() <= bound
+    assert np.std(a) == pytest.approx(bound / math.sqrt(3), rel=0.15)
+
+
+def test_the_seed_decides_the_start():
+    first, same, other = (lora.init_adapter(CONFIG, SPEC, seed) for seed in (0, 0, 1))
+    a = lambda adapter: np.asarray(adapter['layers']['attention']['q']['lora_a'])  # noqa: E731
+    np.testing.assert_array_equal(a(first), a(same))
+    assert not np.array_equal(a(first), a(other))
+
+
+@pytest.mark.parametrize(
+    ('rank', 'alpha', 'scaling'), [(16, 32.0, 2.0), (8, 16.0, 2.0), (8, 4.0, 0.5)]
+)
+def test_scaling_is_alpha_over_rank(rank, alpha, scaling):
+    """L06: not alpha, not alpha / sqrt(rank)."""
+    assert LoraSpec(rank, alpha, ('q',)).scaling == scaling
+
+
+def test_an_adapter_equals_its_merged_kernels(base, plain, adapted):
+    """L06: the forward pass adds alpha / rank * A B to every adapted kernel, nothing more."""
+    adapter = trained()
+    merged = jax.tree.map(np.array, base)
+    for name in lora.TARGETS:
+        part = 'attention' if name in 'qkvo' else 'mlp'
+        a, b = (np.asarray(adapter['layers'][part][name][f'lora_{x}']) for x in 'ab')
+        merged['layers'][part][name]['kernel'] += (8.0 / 4) * np.einsum('nir,nro->nio', a, b)
+    out = adapted(lora.join(adapter, base), tokens=TOKENS)
+    expected = jax.jit(functools.partial(apply_logits, config=CONFIG))(merged, tokens=TOKENS)
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    assert np.abs(expected - plain).max() > 0.1
+
+
+def test_only_the_named_projections_are_adapted():
+    spec = LoraSpec(4, 8.0, ('q', 'down'))
+    assert jax.tree.map(lambda leaf: leaf.shape, lora.init_adapter(CONFIG, spec, seed=0)) == {
+        'layers': {
+            'attention': {'q': {'lora_a': (2, 32, 4), 'lora_b': (2, 4, 32)}},
+            'mlp': {'down': {'lora_a': (2, 64, 4), 'lora_b': (2, 4, 32)}},
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((0, 8.0, ('q',)), 'lora.rank is 0; allowed: 1 or more'),
+        ((4, 0.0, ('q',)), 'lora.alpha is 0.0; allowed: a number above 0'),
+        ((4, math.nan, ('q',)), 'lora.alpha is nan'),
+        ((4, 8.0, ()), 'lora.targets holds nothing; allowed: one or more of q k v o'),
+        ((4, 8.0, ('q', 'q_proj')), r"lora.targets holds \['q_proj'\]"),
+    ],
+)
+def test_bad_settings_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        LoraSpec(*arguments)
