@@ -1,0 +1,47 @@
+"""Retrieval: SASRec and popularity score the whole catalogue, an index finds each user's best.
+
+Users and items meet as vectors: a score is a dot product, so everything else works for both."""
+
+from palr_jax.retrieval.candidates import (
+    Candidates,
+    read_candidates,
+    read_ranks,
+    retrieve,
+    save_candidates,
+    save_ranks,
+    target_ranks,
+)
+from palr_jax.retrieval.index import (
+    ItemIndex,
+    build_index,
+    hash_items,
+    load_index,
+    recall_against_exact,
+    save_index,
+)
+from palr_jax.retrieval.popularity import item_counts, popularity_queries
+from palr_jax.retrieval.retriever import TrainedRetriever, load, save, user_vectors
+from palr_jax.retrieval.train import train_sasrec
+
+__all__ = [
+    'Candidates',
+    'ItemIndex',
+    'TrainedRetriever',
+    'build_index',
+    'hash_items',
+    'item_counts',
+    'load',
+    'load_index',
+    'popularity_queries',
+    'read_candidates',
+    'read_ranks',
+    'recall_against_exact',
+    'retrieve',
+    'save',
+    'save_candidates',
+    'save_index',
+    'save_ranks',
+    'target_ranks',
+    'train_sasrec',
+    'user_vectors',
+]

@@ -1,0 +1,228 @@
+"""The index against NumPy's sort, its backends against each other, and the field cases of ScaNN."""
+
+import importlib.util
+import sys
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from absl import logging
+
+from palr_jax.errors import InputError
+from palr_jax.retrieval import index as index_module
+from palr_jax.retrieval.index import (
+    build_index,
+    hash_items,
+    load_index,
+    recall_against_exact,
+    save_index,
+)
+
+needs_scann = pytest.mark.skipif(
+    importlib.util.find_spec('scann') is None, reason='ScaNN has no wheel for this machine.'
+)
+BACKENDS = [pytest.param('scann', marks=needs_scann), 'exact', 'approx']
+EXACT_BACKENDS = BACKENDS[:2]
+
+
+def by_sorting(vectors, queries, k):
+    """Ids by score, the best first, equal scores by id."""
+    scores = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    return np.argsort(-scores, axis=1, kind='stable')[:, :k] + 1
+
+
+def random(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_finds_what_sorting_finds(backend):
+    vectors, queries = random(0, 300, 16), random(1, 7, 16)
+    index = build_index(vectors, backend)
+    assert index.backend.startswith(backend)
+    ids, scores = index.search(queries, 20)
+    assert ids.dtype == np.int32
+    assert scores.dtype == np.float32
+    np.testing.assert_array_equal(ids, by_sorting(vectors, queries, 20))
+    expected = np.take_along_axis(queries @ vectors.T, ids - 1, 1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-5)
+    assert recall_against_exact(index, queries, 20) == 1.0
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_n07_each_search_has_its_own_k(backend):
+    vectors, queries = random(0, 80, 8), random(1, 3, 8)
+    index = build_index(vectors, backend)
+    for k in (20, 50, 1):
+        assert index.search(queries, k)[0].tolist() == by_sorting(vectors, queries, k).tolist()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_s04_slots_beyond_the_catalogue_are_minus_one(backend):
+    """No slot is filled with item 0, which a metric might take for a hit."""
+    vectors, queries = random(0, 4, 8), random(1, 2, 8)
+    ids, scores = build_index(vectors, backend).search(queries, 10)
+    assert ids.shape == (2, 10)
+    assert np.sort(ids[:, :4], 1).tolist() == [[1, 2, 3, 4]] * 2
+    assert (ids[:, 4:] == -1).all()
+    assert np.isfinite(scores[:, :4]).all()
+    assert np.isneginf(scores[:, 4:]).all()
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+def test_n03_equal_scores_come_by_item_id(backend):
+    """Three twins at the cut, and a user without history for whom all 40 items are equal."""
+    vectors = random(0, 40, 8)
+    vectors[[31, 12, 5]] = 3 * vectors[5]
+    queries = np.stack([vectors[5], np.zeros(8, np.float32)])
+    ids, _ = build_index(vectors, backend).search(queries, 2)
+    assert ids.tolist() == [[6, 13], [1, 2]]
+    ids, _ = build_index(vectors, backend).search(queries, 3)
+    assert ids.tolist() == [[6, 13, 32], [1, 2, 3]]
+
+
+@needs_scann
+def test_n01_small_catalogue_with_a_thousand_leaves():
+    vectors, queries = random(0, 12, 8), random(1, 3, 8)
+    index = build_index(vectors, 'scann', leaves=1000)
+    assert index.backend == 'scann (brute force)'
+    ids, _ = index.search(queries, 50)
+    np.testing.assert_array_equal(ids[:, :12], by_sorting(vectors, queries, 12))
+    assert (ids[:, 12:] == -1).all()
+
+
+@needs_scann
+def test_n01_tree_with_a_large_k():
+    """15,000 vectors and k=2000 once aborted the process; leaves cannot outnumber the items."""
+    vectors, queries = random(0, 15_000, 16), random(1, 4, 16)
+    index = build_index(vectors, 'scann', leaves=300)
+    assert index.backend == 'scann (tree, 300 leaves)'
+    ids, scores = index.search(queries, 2000)
+    assert ids.min() >= 1
+    assert all(len(set(row)) == 2000 for row in ids.tolist())
+    assert (np.diff(scores, axis=1) <= 0).all()
+    assert recall_against_exact(index, queries, 2000) > 0.9
+    assert build_index(vectors[:1000], 'scann', leaves=5000).backend.endswith('1000 leaves)')
+
+
+@needs_scann
+def test_n01_tree_whose_leaves_hold_too_few_items(monkeypatch):
+    """Most items are twins in one leaf, the rest have a leaf each: ScaNN comes back short."""
+    vectors = np.concatenate([np.tile(random(0, 1, 8), (14_700, 1)), 3 * random(1, 300, 8)])
+    index = build_index(vectors, 'scann', leaves=300)
+    completed, jax_search = [], index_module._jax_search
+    monkeypatch.setattr(
+        index_module, '_jax_search', lambda *args: completed.append(1) or jax_search(*args)
+    )
+    ids, scores = index.search(vectors[-3:], 300)
+    assert completed
+    assert ids.min() >= 1
+    assert all(len(set(row)) == 300 for row in ids.tolist())
+    best = -np.sort(-(vectors[-3:] @ vectors.T), axis=1)[:, :300]
+    assert any(np.allclose(s, b, rtol=1e-4, atol=1e-5) for s, b in zip(scores, best))
+
+
+@needs_scann
+def test_tree_above_20_000_items():
+    centres = random(0, 150, 32)
+    vectors = np.repeat(centres, 150, 0) + 0.5 * random(1, 22_500, 32)
+    queries = centres[:100] + 0.5 * random(2, 100, 32)
+    index = build_index(vectors)
+    assert index.backend == 'scann (tree, 150 leaves)'
+    assert recall_against_exact(index, queries, 50) > 0.97
+    ids, scores = index.search(queries, 50)
+    expected = np.take_along_axis(queries @ vectors.T, ids - 1, 1)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+@pytest.fixture
+def broken_scann(tmp_path, monkeypatch):
+    """A ScaNN whose import raises something other than ImportError."""
+    (tmp_path / 'scann.py').write_text("raise OSError('undefined symbol: _ZN10tensorflow')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split('.')[0] == 'scann']:
+        monkeypatch.delitem(sys.modules, name)
+    index_module._import_scann.cache_clear()
+    yield
+    index_module._import_scann.cache_clear()
+
+
+def test_n02_scann_that_cannot_be_imported(broken_scann, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, 'warning', lambda text, *args: warnings.append(text % args))
+    vectors, queries = random(0, 30, 8), random(1, 2, 8)
+    for _ in range(2):
+        index = build_index(vectors)
+    assert index.backend == 'exact'
+    np.testing.assert_array_equal(index.search(queries, 5)[0], by_sorting(vectors, queries, 5))
+    assert len(warnings) == 1
+    assert 'OSError: undefined symbol: _ZN10tensorflow' in warnings[0]
+    with pytest.raises(InputError, match=r"index is 'scann'.*undefined symbol"):
+        build_index(vectors, 'scann')
+
+
+@pytest.mark.parametrize('backend', EXACT_BACKENDS)
+def test_n05_kind_of_the_arrays(backend, tmp_path):
+    """Float64, float16, bfloat16, integers, JAX arrays, memory maps, transposed views."""
+    vectors = np.random.default_rng(0).integers(-8, 9, size=(60, 8))  # exact in every type
+    queries = np.random.default_rng(1).integers(-8, 9, size=(3, 8))
+    on_disk = np.lib.format.open_memmap(tmp_path / 'v.npy', 'w+', np.float64, vectors.shape)
+    on_disk[:] = vectors
+    expected = by_sorting(vectors, queries, 9).tolist()
+    kinds = [vectors.astype(t) for t in (np.float64, np.float16, np.int64, ml_dtypes.bfloat16)]
+    kinds += [on_disk, jnp.asarray(vectors, jnp.bfloat16), np.asfortranarray(vectors, np.float32)]
+    for kind in kinds:
+        index = build_index(kind, backend)
+        assert index.vectors.dtype == np.float32
+        assert index.search(queries.astype(np.float16), 9)[0].tolist() == expected
+
+
+@pytest.mark.parametrize('backend', EXACT_BACKENDS)
+def test_n06_saved_index_knows_its_item_table(backend, tmp_path):
+    vectors, queries = random(0, 50, 8), random(1, 4, 8)
+    raw_ids = ['', *(f'B{i}' for i in range(50))]
+    index = build_index(vectors, backend)
+    save_index(index, tmp_path, hash_items(raw_ids))
+    loaded = load_index(tmp_path, hash_items(raw_ids))
+    assert loaded.backend == index.backend
+    np.testing.assert_array_equal(loaded.search(queries, 7)[0], index.search(queries, 7)[0])
+    with pytest.raises(InputError, match=r'index\.npz: this index belongs to another item table'):
+        load_index(tmp_path, hash_items(raw_ids[::-1]))
+    with pytest.raises(InputError, match='does not exist'):
+        load_index(tmp_path / 'nowhere', hash_items(raw_ids))
+
+
+def test_hash_of_an_item_table_sees_where_an_id_ends():
+    assert hash_items(['ab', 'c']) != hash_items(['a', 'bc'])
+
+
+def test_bad_vectors_are_refused():
+    vectors = random(0, 20, 4)
+    vectors[3, 2], vectors[9, 0] = np.nan, np.inf
+    with pytest.raises(InputError, match=r'item vectors .* row 3 \(2 of 20 rows do\)'):
+        build_index(vectors, 'exact')
+    index = build_index(random(0, 20, 4), 'exact')
+    with pytest.raises(InputError, match=r'queries .* row 0'):
+        index.search(np.array([[np.nan, 0, 0, 0]]), 3)
+    with pytest.raises(InputError, match='width 5; the item vectors have 4'):
+        index.search(random(0, 2, 5), 3)
+    with pytest.raises(InputError, match=r'is 0; allowed: 1 or more'):
+        index.search(random(0, 2, 4), 0)
+    with pytest.raises(InputError, match=r'shape \(4,\)'):
+        index.search(random(0, 4), 1)
+    with pytest.raises(InputError, match='no item vectors'):
+        build_index(np.zeros((0, 4)), 'exact')
+    with pytest.raises(InputError, match=r"is 'faiss'; allowed are auto, scann, exact, approx"):
+        build_index(random(0, 20, 4), 'faiss')
+    with pytest.raises(InputError, match=r'leaves is 0; allowed: 1 or more'):
+        build_index(random(0, 20, 4), 'exact', leaves=0)
+
+
+def test_exact_search_in_blocks(monkeypatch):
+    """No more scores than fit are held at once; no query is lost between blocks."""
+    monkeypatch.setattr(index_module, 'BLOCK_SCORES', 200)
+    vectors, queries = random(0, 50, 8), random(1, 11, 8)
+    ids, _ = build_index(vectors, 'exact').search(queries, 6)
+    np.testing.assert_array_equal(ids, by_sorting(vectors, queries, 6))
+    assert build_index(vectors, 'exact').search(queries[:0], 6)[0].shape == (0, 6)

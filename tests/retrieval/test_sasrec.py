@@ -1,0 +1,158 @@
+"""SASRec's forward pass against an independent NumPy one, and the field cases of its padding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palr_jax.retrieval.sasrec import SASRec, SasrecConfig, drop, init_params
+from palr_jax.retrieval.train import Rows, cross_entropy, make_step
+
+CONFIG = SasrecConfig(items=9, width=8, blocks=2, heads=2, length=6)
+MODEL = SASRec(CONFIG)
+
+
+@pytest.fixture(scope='module')
+def params():
+    """Every leaf random: zeros and ones of the initial biases and scales would hide mistakes."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32), init_params(CONFIG, 0)
+    )
+
+
+@jax.jit
+def apply(params, ids, *args):
+    return MODEL.apply({'params': params}, ids, *args)
+
+
+def states(params, ids, *args):
+    return np.asarray(apply(params, jnp.array(ids), *args))
+
+
+def by_hand(params, items, heads=2):
+    """One history of real items, position by position and head by head, in float64."""
+    p = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
+
+    def norm(x, at):
+        return (x - x.mean()) / np.sqrt(x.var() + 1e-6) * at['scale'] + at['bias']
+
+    def linear(x, at):
+        return x @ at['kernel'] + at['bias']
+
+    n, width = len(items), p['items']['embedding'].shape[1]
+    x = [
+        p['items']['embedding'][item - 1] * np.sqrt(width)
+        + p['positions']['embedding'][n - 1 - place]
+        for place, item in enumerate(items)
+    ]
+    for i in range(2):
+        block, size = p[f'block_{i}'], width // heads
+        normed = [norm(v, block['attention_norm']) for v in x]
+        q, k, v = ([linear(n_, block['attention'][name]) for n_ in normed] for name in 'qkv')
+        for t in range(n):
+            mixed = []
+            for h in range(heads):
+                part = slice(h * size, (h + 1) * size)
+                logits = np.array([q[t][part] @ k[s][part] / np.sqrt(size) for s in range(t + 1)])
+                weights = np.exp(logits) / np.exp(logits).sum()
+                mixed.append(sum(w * v[s][part] for s, w in enumerate(weights)))
+            x[t] = x[t] + linear(np.concatenate(mixed), block['attention']['o'])
+            up = linear(norm(x[t], block['mlp_norm']), block['mlp']['up'])
+            x[t] = x[t] + linear(np.maximum(up, 0), block['mlp']['down'])
+    return np.array([norm(v, p['final_norm']) for v in x])
+
+
+@pytest.mark.parametrize('items', [[5], [5, 7], [1, 9, 9, 4, 2, 3]])
+def test_equals_a_forward_pass_by_hand(params, items):
+    padded = [0] * (6 - len(items)) + items
+    np.testing.assert_allclose(
+        states(params, [padded])[0, 6 - len(items) :], by_hand(params, items), rtol=2e-5, atol=2e-5
+    )
+
+
+def test_s01_more_padding_in_front_changes_nothing(params):
+    short, long = states(params, [[0, 5, 7]]), states(params, [[0, 0, 0, 5, 7]])
+    np.testing.assert_allclose(short[0, -2:], long[0, -2:], rtol=1e-6, atol=1e-6)
+
+
+def test_s01_padding_is_a_zero_vector_after_training_too():
+    """The table has no row for padding, so neither initialisation nor a step can fill one."""
+    params = init_params(CONFIG, 0)
+    assert params['items']['embedding'].shape == (9, 8)
+    optimizer, step = make_step(CONFIG, 0.1, 0.1)
+    moments = optimizer.init(params)
+    ids = np.array([[0, 0, 5, 7], [0, 0, 0, 0]], np.int32)
+    targets = np.array([[0, 0, 7, 1], [0, 0, 0, 0]], np.int32)
+    batch = Rows(ids, targets, np.array([[3, 2, 1, 0]] * 2, np.int32), (ids > 0).astype(np.int32))
+    first = np.array(params['items']['embedding'])
+    for number in range(3):
+        params, moments, loss = step(params, moments, batch, jax.random.key(number))
+        assert np.isfinite(loss)
+    assert not states(params, [[0, 0, 5, 7]])[0, :2].any()
+    moved = np.abs(np.asarray(params['items']['embedding']) - first).max(1)
+    assert moved[[4, 6]].min() > 0.01
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_s02_later_items_change_nothing_at_earlier_positions(params):
+    one, other = states(params, [[1, 2, 3, 4]]), states(params, [[1, 2, 3, 8]])
+    np.testing.assert_array_equal(one[0, :3], other[0, :3])
+    assert np.abs(one[0, 3] - other[0, 3]).max() > 0.01
+
+
+def test_s02_padding_is_never_attended_to(params):
+    """Whatever the vectors at padding are: here its positions become enormous."""
+    changed = jax.tree.map(np.copy, params)
+    changed['positions']['embedding'][2:] = 1e3
+    ids = [[0, 0, 0, 5, 7]]
+    np.testing.assert_array_equal(states(params, ids)[0, 3:], states(changed, ids)[0, 3:])
+    assert not states(changed, ids)[0, :3].any()
+
+
+def test_s03_a_row_of_padding_is_finite_and_disturbs_no_other(params):
+    both, alone = states(params, [[0, 0, 0, 0], [0, 1, 2, 3]]), states(params, [[0, 1, 2, 3]])
+    assert not both[0].any()
+    np.testing.assert_allclose(both[1], alone[0], rtol=1e-6, atol=1e-6)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, ids, targets):
+        x = MODEL.apply({'params': params}, ids).reshape(-1, 8)
+        return cross_entropy(x, params['items']['embedding'], targets.ravel())
+
+    ids, targets = np.array([[0, 0, 0, 0], [0, 1, 2, 3]]), np.array([[0, 0, 0, 0], [0, 2, 3, 4]])
+    with_row, without = loss(params, ids, targets)[1], loss(params, ids[1:], targets[1:])[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), with_row, without)
+
+    value, gradient = loss(params, ids[:1], targets[:1])
+    assert value == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def test_histories_in_one_row_are_as_if_alone(params):
+    packed = states(
+        params,
+        [[1, 2, 3, 8, 9, 0]],
+        jnp.array([[2, 1, 0, 1, 0, 0]]),
+        jnp.array([[1, 1, 1, 2, 2, 0]]),
+    )
+    first, second = states(params, [[1, 2, 3]]), states(params, [[8, 9]])
+    np.testing.assert_allclose(packed[0, :3], first[0], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(packed[0, 3:5], second[0], rtol=1e-6, atol=1e-6)
+
+
+def test_dropout_keeps_the_mean_and_is_off_without_a_key(params):
+    x = jnp.ones((200, 100))
+    dropped = drop(x, 0.25, jax.random.key(0))
+    np.testing.assert_allclose(np.unique(dropped), [0, 4 / 3], rtol=1e-6)
+    assert abs(float(dropped.mean()) - 1) < 0.02
+
+    @jax.jit
+    def apply_dropout(params, ids, rngs):
+        return MODEL.apply({'params': params}, ids, dropout=0.5, rngs=rngs)
+
+    ids, clean = jnp.array([[1, 2]]), states(params, [[1, 2]])
+    np.testing.assert_allclose(apply_dropout(params, ids, {}), clean, rtol=1e-5)
+    noisy = apply_dropout(params, ids, {'dropout': jax.random.key(1)})
+    assert np.abs(noisy - clean).max() > 0.01
