@@ -1,0 +1,211 @@
+"""The fine-tuning loop: one jitted step, Orbax checkpoints, resume.
+
+A checkpoint holds the adapter, the optimiser's state and, as its step number, the position in the
+input. The base is never written: it is read again from where it came from.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+
+from palr_jax.errors import InputError
+from palr_jax.finetune import input as finetune_input
+from palr_jax.finetune.input import Rows, Tokens
+from palr_jax.finetune.optimizer import learning_rate, make_optimizer, update
+from palr_jax.llama import lora
+from palr_jax.llama.attention import Causal
+from palr_jax.llama.config import LlamaConfig
+from palr_jax.llama.lora import LoraSpec
+from palr_jax.llama.model import Llama, log_likelihood, output_head
+from palr_jax.metric_writer import MetricWriter
+from palr_jax.progress import Progress
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the step is compiled for.
+
+    Attributes:
+      model: the architecture.
+      lora: the adapter's shape.
+      dtype: of the frozen base.
+    """
+
+    model: LlamaConfig
+    lora: LoraSpec
+    dtype: Any
+
+
+def answer_log_likelihood(params: Params, rows: Rows, program: Program) -> jax.Array:
+    """[B, M] log-probability of every answer token; padding places hold a meaningless value."""
+    model = Llama(program.model, program.lora, program.dtype)
+    hidden = model.apply({'params': params}, rows.tokens, rows.positions, Causal(rows.segments))
+    before = jnp.take_along_axis(hidden, rows.before[..., None], axis=1)
+    B, M, D = before.shape
+    flat = log_likelihood(before.reshape(B * M, D), rows.targets.reshape(-1), output_head(params))
+    return flat.reshape(B, M)
+
+
+def loss(adapter: Params, frozen: Params, rows: Rows, program: Program) -> jax.Array:
+    """Mean negative log-likelihood of the batch's answer tokens, in nats; 0 if there are none."""
+    values = answer_log_likelihood(lora.join(adapter, frozen), rows, program)
+    return -jnp.sum(values * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1.0)
+
+
+def train_step(
+    adapter: Params,
+    state: optax.OptState,
+    frozen: Params,
+    rows: Rows,
+    *,
+    program: Program,
+    optimizer: optax.GradientTransformation,
+) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
+    """One optimiser step: (adapter, state, {'loss', 'gradient_norm'}). Only the adapter moves."""
+    value, gradient = jax.value_and_grad(loss)(adapter, frozen, rows, program)
+    adapter, state = update(optimizer, gradient, state, adapter, frozen)
+    return adapter, state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
+
+
+def train(
+    frozen: Params,
+    program: Program,
+    examples: Sequence[Tokens],
+    config,
+    *,
+    seed: int,
+    workdir: epath.PathLike,
+) -> Params:
+    """Trains an adapter for `config.steps` steps, from the newest checkpoint if there is any.
+
+    Args:
+      frozen: the base parameters.
+      program: what to compile for.
+      examples: the encoded examples.
+      config: `config.finetune`.
+      seed: of the adapter's start and of the order of the examples.
+      workdir: checkpoints go to `finetune/checkpoints` in it, the curves to `metrics.jsonl`.
+
+    Returns:
+      The adapter leaves.
+
+    Raises:
+      InputError: loss or gradient are not finite, or a longer run than was asked for lies there.
+    """
+    rows = finetune_input.PackedRows(
+        examples, config.length, config.steps * config.batch_size, seed
+    )
+    source = finetune_input.batches(rows, config.batch_size)
+    optimizer = make_optimizer(config)
+    adapter = lora.init_adapter(program.model, program.lora, seed)
+    state = optimizer.init(lora.join(adapter, frozen))
+    step_fn = jax.jit(
+        functools.partial(train_step, program=program, optimizer=optimizer), donate_argnums=(0, 1)
+    )
+    schedule = learning_rate(config)
+
+    folder = epath.Path(workdir) / 'finetune' / 'checkpoints'
+    with checkpoints(folder, config.checkpoint_every) as manager:
+        start = manager.latest_step() or 0
+        if start > config.steps:
+            raise InputError(
+                f'finetune.steps is {config.steps}, but {folder} holds a run of {start} steps; '
+                f'allowed: {start} or more, or --overwrite.'
+            )
+        if start:
+            adapter, state = restore(manager, start, adapter, state)
+            logging.info('finetune: continuing after step %d', start)
+        with (
+            MetricWriter(workdir, {'finetune': start + 1}) as writer,
+            Progress('finetune', config.steps, 'steps', done=start) as progress,
+        ):
+            for step in range(start, config.steps):
+                began = time.monotonic()
+                batch = source[step]
+                adapter, state, metrics = step_fn(adapter, state, frozen, batch)
+                metrics = {name: float(value) for name, value in metrics.items()}
+                for name in ('loss', 'gradient_norm'):
+                    # Before the checkpoint: a gradient of NaN has spoilt the adapter already.
+                    if not np.isfinite(metrics[name]):
+                        raise InputError(
+                            f'finetune: {name} is {metrics[name]} at step {step + 1}; lower '
+                            'finetune.learning_rate or check the weights of model.path.'
+                        )
+                seconds = time.monotonic() - began
+                writer.write(
+                    step + 1,
+                    'finetune',
+                    **metrics,
+                    learning_rate=float(schedule(step)),
+                    tokens_per_second=float(np.sum(batch.segments > 0)) / seconds,
+                )
+                last = step + 1 == config.steps
+                manager.save(step + 1, args=_save_args(adapter, state), force=last)
+                progress.update(note=f'loss {metrics["loss"]:.3f}')
+        manager.wait_until_finished()
+    return adapter
+
+
+def checkpoints(folder: epath.PathLike, every: int) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints: one every `every` steps, the last two kept.
+
+    A machine that announces its preemption gets one more. A write that fails raises at the next
+    save, or when the manager is waited for or closed.
+    """
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=policies.AnySavePolicy(
+            [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
+        ),
+        max_to_keep=2,
+        create=True,
+    )
+    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+
+
+def _save_args(adapter: Params, state: optax.OptState) -> ocp.args.StandardSave:
+    return ocp.args.StandardSave({'adapter': adapter, 'state': state})
+
+
+def restore(
+    manager: ocp.CheckpointManager, step: int, adapter: Params, state: optax.OptState
+) -> tuple[Params, optax.OptState]:
+    """Reads a checkpoint into the structure of `adapter` and `state`."""
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, {'adapter': adapter, 'state': state})
+    restored = manager.restore(step, args=ocp.args.StandardRestore(target))
+    return restored['adapter'], restored['state']
+
+
+def answer_losses(
+    params: Params, program: Program, examples: Sequence[Tokens], row_length: int
+) -> np.ndarray:
+    """[examples] mean negative log-likelihood of each example's answer tokens, in nats.
+
+    Every example has a row of its own, and rows are cut to the longest example, so that no value
+    depends on what else is measured.
+    """
+    if not examples:
+        return np.zeros(0, np.float32)
+    length = min(row_length, max(len(e.tokens) for e in examples))
+    answers = max(len(e.tokens) - e.answer for e in examples)
+    score = jax.jit(functools.partial(answer_log_likelihood, program=program))
+    losses = np.empty(len(examples), np.float32)
+    with Progress('held-out loss', len(examples), 'examples') as progress:
+        for i, example in enumerate(examples):
+            rows = finetune_input.stack([finetune_input.lay_out([example], length, answers)])
+            values = np.asarray(score(params, rows))
+            losses[i] = -np.sum(values * rows.weights) / np.sum(rows.weights)
+            progress.update()
+    return losses

@@ -1,0 +1,318 @@
+"""One-pass scoring: a user's prompt runs once and all candidates attend to it.
+
+The score of a candidate is the log-likelihood of its answer tokens after the prompt. Scoring n
+answer tokens takes n - 1 input tokens: the first is scored by the prompt's last hidden state, which
+all candidates share, and the last is never an input. Those inputs are packed several candidates to
+a row of S tokens (`llama.attention.OnePass`), so little padding is computed. Candidates with the
+same tokens are computed once, and the layout does not depend on the candidates' order: equal titles
+tie to the bit, and no bit of a score says where in the list a candidate stood.
+
+Users are grouped into at most a few shapes (prompt length, rows), chosen to compute the fewest
+tokens; each shape is compiled once.
+
+Axis letters: B batch (users), L prompt length, R rows, S row length, C candidates, V vocabulary.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from palr_jax.errors import InputError
+from palr_jax.llama.attention import OnePass
+from palr_jax.llama.config import LlamaConfig
+from palr_jax.llama.lora import LoraSpec
+from palr_jax.llama.model import Llama, log_likelihood, output_head
+
+PROMPT_STEP = 16  # prompt lengths are rounded up to a multiple of this before shapes are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """One user to rank, in tokens.
+
+    Attributes:
+      prompt: [l] int32, all of it before the answer, at least one token.
+      candidates: the answer tokens of each candidate, at least one token each.
+    """
+
+    prompt: np.ndarray
+    candidates: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """A compiled shape: every batch is padded to it."""
+
+    users: int  # B
+    length: int  # L
+    rows: int  # R
+    row_length: int  # S
+    candidates: int  # C
+
+    @property
+    def tokens(self) -> int:
+        """Tokens computed for one user."""
+        return self.length + self.rows * self.row_length
+
+
+@flax.struct.dataclass
+class Batch:
+    """A batch of users as the program reads it.
+
+    Attributes:
+      tokens: [B, L + R*S] int32, the prompt and then the rows.
+      positions: [B, L + R*S] int32; a candidate's restart at the end of its user's prompt.
+      prompt: [B, L] bool, True on the prompt's tokens.
+      rows: [B, R, S] int32, the answer that a row token belongs to, counted from 1; 0 is padding.
+      targets: [B, R*S] int32, the answer token that follows each row token.
+      first: [B, C] int32, each answer's first token; there are as many answers as candidates, or
+        fewer where candidates share one.
+      answers: [B, C] int32, each candidate's answer, counted from 0.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    prompt: np.ndarray
+    rows: np.ndarray
+    targets: np.ndarray
+    first: np.ndarray
+    answers: np.ndarray
+
+
+def one_pass_scores(
+    params: Any, batch: Batch, *, config: LlamaConfig, lora: LoraSpec | None, dtype: Any
+) -> jax.Array:
+    """[B, C] float32 sums of the answer tokens' log-probabilities. Differentiable in `params`."""
+    B, L = batch.prompt.shape
+    C = batch.first.shape[1]
+    model = Llama(config, lora, dtype)
+    attention = OnePass(batch.prompt, batch.rows)
+    hidden = model.apply({'params': params}, batch.tokens, batch.positions, attention)
+    head = output_head(params)
+
+    last = jnp.sum(batch.prompt, axis=1) - 1
+    last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    logits = jnp.dot(last_hidden, head, preferred_element_type=jnp.float32)
+    first = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.first, axis=1)
+
+    rest = log_likelihood(
+        hidden[:, L:].reshape(-1, hidden.shape[-1]), batch.targets.reshape(-1), head
+    ).reshape(B, 1, -1)
+    # A masked sum, not a scatter: its order is fixed on every device, and padding, whatever its
+    # value, stays out of it.
+    own = batch.rows.reshape(B, 1, -1) == jnp.arange(1, C + 1)[:, None]
+    sums = first + jnp.sum(jnp.where(own, rest, 0.0), axis=-1)
+    return jnp.take_along_axis(sums, batch.answers, axis=1)
+
+
+def make_scorer(
+    config: LlamaConfig, lora: LoraSpec | None, dtype: Any = jnp.float32
+) -> Callable[[Any, Batch], jax.Array]:
+    """The jitted program (params, batch) -> [B, C] sums; weights are arguments, not constants."""
+    return jax.jit(functools.partial(one_pass_scores, config=config, lora=lora, dtype=dtype))
+
+
+def score_queries(
+    scorer: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    queries: Sequence[Query],
+    *,
+    batch_size: int,
+    row_length: int,
+    max_shapes: int,
+    max_positions: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Scores every query; yields (indices of the batch's queries [n], their sums [n, C]).
+
+    C is the largest number of candidates of any query; slots beyond a query's own are -inf. The
+    order of the candidates changes no bit; batch size, batch-mates and shapes only the last ones.
+
+    Raises:
+      InputError: a query has no prompt, no candidate, an empty one, or more tokens than
+        `max_positions`; or a score is not finite.
+    """
+    for indices, shape in plan_batches(queries, batch_size, row_length, max_shapes, max_positions):
+        batch = make_batch([queries[i] for i in indices], shape)
+        sums = np.asarray(scorer(params, batch))[: len(indices)]
+        counts = np.array([len(queries[i].candidates) for i in indices])
+        filled = np.arange(shape.candidates) < counts[:, None]
+        wrong = filled & ~np.isfinite(sums)
+        if wrong.any():
+            row, c = np.argwhere(wrong)[0]
+            raise InputError(
+                f'Query {indices[row]}: the score of candidate {c} is {sums[row, c]}; allowed: a '
+                'finite number. Check the weights, and that tokenizer and model belong together.'
+            )
+        yield indices, np.where(filled, sums, -np.inf)
+
+
+def plan_batches(
+    queries: Sequence[Query],
+    batch_size: int,
+    row_length: int,
+    max_shapes: int,
+    max_positions: int,
+) -> list[tuple[np.ndarray, Shape]]:
+    """Groups the queries into batches of at most `max_shapes` different shapes.
+
+    Returns:
+      (indices of the batch's queries, at most `batch_size`; its shape) of every batch.
+    """
+    if not queries:
+        return []
+    lengths = np.empty(len(queries), np.int64)
+    rows = np.empty(len(queries), np.int64)
+    longest = max((len(tokens) for query in queries for tokens in query.candidates), default=0)
+    row_length = max(row_length, -(-(longest - 1) // PROMPT_STEP) * PROMPT_STEP)
+    for i, query in enumerate(queries):
+        _check(query, i, max_positions)
+        lengths[i] = -(-len(query.prompt) // PROMPT_STEP) * PROMPT_STEP
+        answers, _ = distinct_answers(query)
+        rows[i] = max(1, len(pack([len(answer) - 1 for answer in answers], row_length)))
+    candidates = max(len(query.candidates) for query in queries)
+
+    batches = []
+    for members in choose_groups(lengths, rows * row_length, max_shapes, batch_size):
+        shape = Shape(
+            batch_size,
+            int(lengths[members].max()),
+            int(rows[members].max()),
+            row_length,
+            candidates,
+        )
+        for start in range(0, len(members), batch_size):
+            batches.append((members[start : start + batch_size], shape))
+    return batches
+
+
+def choose_groups(
+    lengths: np.ndarray, extra: np.ndarray, max_groups: int, batch_size: int = 1
+) -> list[np.ndarray]:
+    """Cuts the queries, sorted by length, into the groups that compute the fewest tokens.
+
+    Each member of a group is padded to the group's largest length plus its largest extra (the row
+    tokens), and its last batch to `batch_size` members. Equal lengths stay together. Dynamic
+    programming over the distinct lengths: cost[g][j] is the fewest tokens computed for the j
+    shortest lengths in g groups.
+
+    Args:
+      lengths: [Q] prompt lengths.
+      extra: [Q] further tokens.
+      max_groups: at most so many groups.
+      batch_size: members of a full batch.
+
+    Returns:
+      The indices of each group, in increasing order of length.
+    """
+    order = np.argsort(lengths, kind='stable')
+    distinct, starts = np.unique(lengths[order], return_index=True)
+    ends = np.append(starts[1:], len(order))
+    largest_extra = np.maximum.reduceat(extra[order], starts)
+    n = len(distinct)
+    cost = np.full((max_groups + 1, n + 1), np.inf)
+    cost[:, 0] = 0.0
+    best_start = np.zeros((max_groups + 1, n + 1), np.int64)
+    for j in range(1, n + 1):
+        # Group of the distinct lengths i..j-1, for every i at once.
+        widest = np.maximum.accumulate(largest_extra[:j][::-1])[::-1]
+        members = -(-(ends[j - 1] - starts[:j]) // batch_size) * batch_size
+        group = members * (distinct[j - 1] + widest)
+        for g in range(1, max_groups + 1):
+            total = cost[g - 1, :j] + group
+            best_start[g, j] = int(np.argmin(total))
+            cost[g, j] = total[best_start[g, j]]
+    groups = []
+    g, j = int(np.argmin(cost[:, n])), n
+    while j > 0:
+        i = best_start[g, j]
+        groups.append(order[starts[i] : ends[j - 1]])
+        g, j = g - 1, i
+    return groups[::-1]
+
+
+def distinct_answers(query: Query) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """The query's different answers, and which of them each candidate is, [C].
+
+    Their order, longest first, follows from their tokens alone.
+    """
+    candidates = [tuple(np.asarray(tokens).tolist()) for tokens in query.candidates]
+    answers = sorted(set(candidates), key=lambda answer: (-len(answer), answer))
+    place = {answer: i for i, answer in enumerate(answers)}
+    return answers, np.array([place[candidate] for candidate in candidates])
+
+
+def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """First-fit decreasing: which items share a row; items of length 0 need none."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[item] == 0:
+            continue
+        row = next((r for r, space in enumerate(free) if lengths[item] <= space), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(row_length)
+        rows[row].append(item)
+        free[row] -= lengths[item]
+    return rows
+
+
+def make_batch(queries: Sequence[Query], shape: Shape) -> Batch:
+    """Lays the queries out in `shape`; missing batch-mates repeat the first query."""
+    B, L, R, S = shape.users, shape.length, shape.rows, shape.row_length
+    tokens = np.zeros((B, L + R * S), np.int32)
+    positions = np.zeros((B, L + R * S), np.int32)
+    prompt = np.zeros((B, L), bool)
+    rows = np.zeros((B, R * S), np.int32)
+    targets = np.zeros((B, R * S), np.int32)
+    first = np.zeros((B, shape.candidates), np.int32)
+    answers = np.zeros((B, shape.candidates), np.int32)
+    for b in range(B):
+        query = queries[b] if b < len(queries) else queries[0]
+        length = len(query.prompt)
+        tokens[b, :length] = query.prompt
+        positions[b, :length] = np.arange(length)
+        prompt[b, :length] = True
+        distinct, answers[b, : len(query.candidates)] = distinct_answers(query)
+        first[b, : len(distinct)] = [answer[0] for answer in distinct]
+        for r, members in enumerate(pack([len(answer) - 1 for answer in distinct], S)):
+            at = r * S
+            for i in members:
+                n = len(distinct[i]) - 1
+                tokens[b, L + at : L + at + n] = distinct[i][:-1]
+                positions[b, L + at : L + at + n] = length + np.arange(n)
+                rows[b, at : at + n] = i + 1
+                targets[b, at : at + n] = distinct[i][1:]
+                at += n
+    return Batch(tokens, positions, prompt, rows.reshape(B, R, S), targets, first, answers)
+
+
+def padding_share(queries: Sequence[Query], batches: Sequence[tuple[np.ndarray, Shape]]) -> float:
+    """Share of the computed tokens that are of no use: padding and missing batch-mates."""
+    useful = sum(
+        len(query.prompt) + sum(len(answer) - 1 for answer in distinct_answers(query)[0])
+        for query in queries
+    )
+    computed = sum(shape.users * shape.tokens for _, shape in batches)
+    return 1.0 - useful / computed if computed else 0.0
+
+
+def _check(query: Query, number: int, max_positions: int) -> None:
+    if len(query.prompt) == 0:
+        raise InputError(f'Query {number} has an empty prompt; at least 1 token is needed.')
+    if not query.candidates:
+        raise InputError(f'Query {number} has no candidates; at least 1 is needed.')
+    for c, answer in enumerate(query.candidates):
+        if len(answer) == 0:
+            raise InputError(f'Query {number}: candidate {c} has no tokens; at least 1 is needed.')
+        if len(query.prompt) + len(answer) > max_positions:
+            raise InputError(
+                f'Query {number}: prompt and candidate {c} have '
+                f'{len(query.prompt) + len(answer)} tokens; the model reads {max_positions}.'
+            )

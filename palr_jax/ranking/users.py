@@ -1,0 +1,205 @@
+"""Ranking the candidates of many users with the LLM: prompts in, scores out, resumable.
+
+Scores are kept as what the model said, the sum of the log-probabilities of each title, beside the
+title's numbers of tokens and bytes; how they are normalised is decided when they are read.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+from etils import epath
+
+from palr_jax import storage
+from palr_jax.progress import Progress
+from palr_jax.prompts.encode import Encoder, Prompt
+from palr_jax.ranking.score import Batch, Query, padding_share, plan_batches, score_queries
+
+SAVE_SECONDS = 20.0  # work that an interrupted run may lose
+TASK = 'recommend_retrieval'
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """What the LLM said of every user's candidates.
+
+    Attributes:
+      users: [U'] dense users.
+      items: [U', C] candidates as the retriever gave them, -1 where it had none.
+      sums: [U', C] float32 log-likelihood of each title, -inf in unfilled slots; NaN is not yet
+        scored.
+      tokens: [U', C] answer tokens of each title.
+      bytes: [U', C] UTF-8 bytes of each title.
+      seconds: spent scoring, compilation included.
+      computed: tokens computed, padding included.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    sums: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+    seconds: float
+    computed: int
+
+    @classmethod
+    def of_queries(
+        cls,
+        items: np.ndarray,
+        queries: Sequence[Query],
+        encoder: Encoder,
+        sums: np.ndarray | None = None,
+        users: np.ndarray | None = None,
+    ) -> 'Scores':
+        """Scores with the sizes of the queries' answers; `sums` not yet known are NaN."""
+        filled = items >= 0
+        tokens, sizes = np.zeros(items.shape, np.int32), np.zeros(items.shape, np.int32)
+        tokens[filled] = [len(answer) for query in queries for answer in query.candidates]
+        sizes[filled] = [len(encoder.reply_text(int(item)).encode()) for item in items[filled]]
+        if sums is None:
+            sums = np.where(filled, np.nan, -np.inf).astype(np.float32)
+        users = np.arange(len(items)) if users is None else users
+        return cls(users, items, sums, tokens, sizes, seconds=0.0, computed=0)
+
+    def normalized(self, how: str) -> np.ndarray:
+        """[U', C] scores: the sums, or the sums over each title's tokens or bytes.
+
+        A sum favours short titles; a mean over tokens favours titles that are long and predictable.
+
+        Args:
+          how: 'sum' | 'token' | 'byte'.
+        """
+        sizes = {'sum': np.ones_like(self.tokens), 'token': self.tokens, 'byte': self.bytes}[how]
+        return np.where(self.items >= 0, self.sums / np.maximum(sizes, 1), -np.inf)
+
+
+def make_query(
+    encoder: Encoder,
+    config,
+    history: np.ndarray,
+    profile: Sequence[str],
+    items: np.ndarray,
+    seed: Sequence[int],
+) -> tuple[Query, int]:
+    """One user's prompt and candidate answers: (query, items cut from the history).
+
+    Args:
+      encoder: of the catalogue.
+      config: `config.prompts`.
+      history: the user's items, oldest first; nothing from the target on.
+      profile: the keywords of that history.
+      items: [C] candidates, in the order that the scores shall have.
+      seed: of the order in which the prompt shows the candidates.
+    """
+    prompt, _ = ranking_prompt(encoder, config, history, profile, items, seed)
+    answers = tuple(encoder.reply(int(item)) for item in items)
+    return Query(prompt.tokens, answers), prompt.history_cut
+
+
+def ranking_prompt(
+    encoder: Encoder,
+    config,
+    history: np.ndarray,
+    profile: Sequence[str],
+    items: np.ndarray,
+    seed: Sequence[int],
+) -> tuple[Prompt, list[int]]:
+    """(the prompt, the candidates in the order that it lists them); see `make_query`."""
+    shown = history[len(history) - min(len(history), config.history) :]
+    listed: list[int] = []
+    if config.candidates:
+        listed = items.tolist()
+        if config.candidate_order == 'shuffled':
+            listed = np.random.default_rng(seed).permutation(items).tolist()
+    task = TASK if config.candidates else 'recommend'
+    return encoder.prompt(task, shown.tolist(), profile, listed), listed
+
+
+def score_users(
+    name: str,
+    users: np.ndarray,
+    items: np.ndarray,
+    queries: Sequence[Query],
+    encoder: Encoder,
+    scorer: Callable[[Any, Batch], Any],
+    params: Any,
+    config,
+    *,
+    max_positions: int,
+    path: epath.Path,
+    identity: str,
+) -> Scores:
+    """Scores every query, continuing what `path` holds of the same work.
+
+    Args:
+      name: shown with the progress.
+      users: [U'] dense users.
+      items: [U', C] their candidates, -1 in unfilled slots.
+      queries: [U'] their queries; slots that are filled, in the same order.
+      encoder: whose replies the candidates are.
+      scorer: from `make_scorer`.
+      params: the model's.
+      config: `config.ranking`.
+      max_positions: tokens that the model reads.
+      path: where the scores are kept, written as they come.
+      identity: of everything that the scores depend on; a file with another one is replaced.
+    """
+    scores = _stored(path, identity) or Scores.of_queries(items, queries, encoder, users=users)
+    todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1))
+    if not len(todo):
+        return scores
+    arguments = {
+        'batch_size': config.batch_size,
+        'row_length': config.row_length,
+        'max_shapes': config.max_shapes,
+        'max_positions': max_positions,
+    }
+    pending = [queries[i] for i in todo]
+    plan = plan_batches(pending, **arguments)
+    logging.info(
+        '%s: %d users in %d shapes, %.0f %% of the computed tokens are padding',
+        name,
+        len(todo),
+        len({shape for _, shape in plan}),
+        100 * padding_share(pending, plan),
+    )
+    sums = scores.sums.copy()
+    seconds, computed = scores.seconds, scores.computed
+    began = saved = time.monotonic()
+    with Progress(name, len(users), 'users', done=len(users) - len(todo)) as progress:
+        for (indices, values), (_, shape) in zip(
+            score_queries(scorer, params, pending, **arguments), plan
+        ):
+            filled = scores.items[todo[indices]] >= 0
+            block = np.full(filled.shape, -np.inf, np.float32)
+            block[filled] = values[np.isfinite(values)]
+            sums[todo[indices]] = block
+            computed += shape.users * shape.tokens
+            progress.update(len(indices))
+            now = time.monotonic()
+            if now - saved > SAVE_SECONDS or progress.done == len(users):
+                saved = now
+                scores = dataclasses.replace(
+                    scores, sums=sums, seconds=seconds + now - began, computed=computed
+                )
+                storage.write_arrays(
+                    path, identity=np.array(identity), **dataclasses.asdict(scores)
+                )
+    return scores
+
+
+def read_scores(path: epath.PathLike) -> Scores:
+    """Reads the scores that `score_users` kept."""
+    arrays = dict(storage.read_arrays(path))
+    arrays.pop('identity')
+    seconds, computed = float(arrays.pop('seconds')), int(arrays.pop('computed'))
+    return Scores(**arrays, seconds=seconds, computed=computed)
+
+
+def _stored(path: epath.Path, identity: str) -> Scores | None:
+    if not path.exists() or str(storage.read_arrays(path)['identity']) != identity:
+        return None
+    return read_scores(path)

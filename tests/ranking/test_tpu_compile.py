@@ -1,0 +1,106 @@
+"""The one-pass program and the fine-tuning step compile for four TPU chips, without having one."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.tpu_backend, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+# Read when jax is imported; without them libtpu looks for a machine with a TPU.
+ENVIRONMENT = {
+    'JAX_PLATFORMS': 'cpu',
+    'TPU_SKIP_MDS_QUERY': '1',
+    'TPU_WORKER_HOSTNAMES': 'localhost',
+    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+}
+PROGRAM = """
+import functools, json, re
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from palr_jax.finetune.input import Rows
+from palr_jax.finetune.optimizer import make_optimizer
+from palr_jax.finetune.train import Program, train_step
+from palr_jax.llama import lora
+from palr_jax.ranking.score import Query, Shape, make_batch, make_scorer
+from palr_jax.testing.llama import random_params, tiny_config
+
+chips = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+mesh = jax.sharding.Mesh(np.array(chips), ('data',), axis_types=(AxisType.Auto,))
+
+def placed(tree, *axes):
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    leaf = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(leaf, tree)
+
+def report(program, *arguments):
+    compiled = program.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
+    collective = r'= [^=]*? (all-[a-z]+|collective-[a-z]+|reduce-scatter)'
+    names = re.findall(collective, compiled.as_text())
+    memory = compiled.memory_analysis()
+    return {'temp': memory.temp_size_in_bytes, 'collectives': sorted(set(names))}
+
+model = tiny_config(
+    vocab_size=4096, width=256, layers=4, heads=8, kv_heads=2, head_dim=64, hidden=512)
+spec = lora.LoraSpec(8, 16.0, ('q', 'v'))
+base = jax.eval_shape(lambda: jax.tree.map(
+    lambda x: jnp.asarray(x, jnp.bfloat16), random_params(model, 0)))
+adapter = lora.init_adapter(model, spec, 0)
+params = placed(lora.join(adapter, base))
+
+query = Query(np.arange(200), tuple(np.arange(n) for n in (1, 12, 30)))
+batch = make_batch([query], Shape(users=8, length=256, rows=3, row_length=64, candidates=20))
+scorer = make_scorer(model, spec, jnp.bfloat16)
+found = {'one_pass': report(scorer, params, placed(batch, 'data'))}
+
+config = ConfigDict({'learning_rate': 1e-3, 'warmup': 1, 'decay_steps': 9, 'weight_decay': 0.1,
+                     'clip_norm': 1.0})
+optimizer = make_optimizer(config)
+state = placed(jax.eval_shape(optimizer.init, lora.join(adapter, base)))
+whole = np.zeros((8, 256), np.int32)
+answers = np.zeros((8, 64), np.int32)
+rows = Rows(whole, whole, whole, answers, answers, answers.astype(np.float32))
+step = functools.partial(
+    train_step, program=Program(model, spec, jnp.bfloat16), optimizer=optimizer)
+step = jax.jit(step, donate_argnums=(0, 1))
+found['train'] = report(step, placed(adapter), state, placed(base), placed(rows, 'data'))
+found['base'] = sum(2 * x.size for x in jax.tree.leaves(base))
+print('REPORT', json.dumps(found))
+"""
+
+
+@pytest.fixture(scope='module')
+def report():
+    if importlib.util.find_spec('libtpu') is None:
+        pytest.skip('libtpu is not installed (pip install libtpu)')
+    path = os.pathsep.join(filter(None, (str(ROOT), *sys.path)))
+    done = subprocess.run(
+        [sys.executable, '-c', PROGRAM],
+        env=os.environ | ENVIRONMENT | {'PYTHONPATH': path},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.split('REPORT ')[1])
+
+
+def test_one_pass_scoring_needs_no_communication(report):
+    """Each chip scores its own users, the logits in chunks included."""
+    assert report['one_pass']['collectives'] == []
+    # Two users a chip: no logits of all their 896 tokens (14 MiB), let alone of all eight users.
+    assert report['one_pass']['temp'] < 896 * 4096 * 4
+
+
+def test_the_training_step_sums_adapter_gradients_alone(report):
+    """No gather of activations or logits; no gradient of base size among the buffers."""
+    assert report['train']['collectives'] == ['all-reduce']
+    assert report['train']['temp'] < report['base'] / 2
