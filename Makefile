@@ -1,0 +1,43 @@
+# make demo    the whole system on MovieLens-100K with SmolLM2-135M, about ten minutes on two cores
+# make test    every test that needs nothing but Python
+# make test-more  the tests that install PyTorch (CPU) and libtpu, or start several processes
+# make check   lint and the quick tests, for every commit
+# Each makes .venv if need be. Another interpreter: make PYTHON=python3.12 demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ELSEWHERE := not torch and not tpu_backend and not multiprocess and not browser
+CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
+INSTALL = $(BIN)/python -m pip install --quiet $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
+
+.PHONY: demo test test-more check format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m palr_jax.main --config=configs/demo.py --workdir=runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE)"
+
+test-more: $(VENV)/installed
+	$(INSTALL) -e '.[test,torch,tpu_backend]'
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not ($(ELSEWHERE))"
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE) and not slow and not real_data"
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Versions are pinned where a constraints file for this Python is at hand.
+$(VENV)/installed: setup.py $(wildcard constraints/*.txt)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,66 @@
+"""What the entry points share: bad input ends in one sentence and status 2, not in a traceback."""
+
+import logging as python_logging
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from palr_jax.config import check_name
+from palr_jax.errors import InputError
+
+BAD_INPUT = 2  # exit status
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parses the flags and runs `main`; exits with BAD_INPUT on what a user can mend."""
+    logging.use_absl_handler()
+    handler = logging.get_absl_handler()
+    handler.setFormatter(None)  # log lines are for people: no source position
+    handler.addFilter(_is_ours_or_a_warning)
+    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+
+
+def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
+    """Libraries tell at INFO what only their developers want to read."""
+    return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        _check_config_flags(argv[1:])
+        arguments = flags.FLAGS(argv)
+    except (InputError, flags.Error, TypeError, ValueError, OSError) as error:
+        # The last three are what ml_collections lets through of a wrong value.
+        _fail(error)
+    logging.set_verbosity(logging.INFO)
+    return arguments
+
+
+def _check_config_flags(arguments: list[str]) -> None:
+    """Says what ml_collections would say in a traceback: no such field, no such config file."""
+    for argument, following in zip(arguments, [*arguments[1:], '']):
+        name, _, value = argument.lstrip('-').partition('=')
+        if name.startswith('config.'):
+            check_name(name.removeprefix('config.'))
+        elif name == 'config':
+            path = (value or following).split(':')[0]
+            if not os.path.isfile(path):
+                raise InputError(f'--config={path}: this file does not exist.')
+
+
+def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
+    try:
+        if len(argv) > 1:
+            raise InputError(f'Unknown argument {argv[1]!r}; flags begin with --, see --help.')
+        main(argv)
+    except InputError as error:
+        _fail(error)
+
+
+def _fail(error: Exception) -> None:
+    text = ' '.join(str(error.args[0] if error.args else error).split())
+    print(f'error: {text}', file=sys.stderr)
+    sys.exit(BAD_INPUT)

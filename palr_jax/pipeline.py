@@ -1,0 +1,534 @@
+"""PALR from raw files to the report: the stages in reading order.
+
+    raw files ── data ──▶ Dataset ──▶ retrieval ──▶ Candidates ──▶ ranking ──▶ Scores ──▶ report
+                             └──────▶ finetune ──▶ adapter ───────────┘
+
+What is resumed, and why: a stage that finished is not run again (`stages.py` says when that holds).
+An interrupted stage continues where its own files say: the retriever from its last validation,
+fine-tuning from its newest checkpoint, ranking from the users scored so far.
+"""
+
+import functools
+import hashlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from palr_jax import data, evaluation, retrieval, storage
+from palr_jax.config import validate
+from palr_jax.evaluation import AnswerLoss, Comparison, Run, rank_targets
+from palr_jax.finetune.input import Tokens, encode_example
+from palr_jax.finetune.train import Program, answer_losses, train
+from palr_jax.llama import lora, peft
+from palr_jax.llama.load import Checkpoint, open_checkpoint
+from palr_jax.prompts.encode import Encoder
+from palr_jax.prompts.llm_profile import llm_profiles
+from palr_jax.prompts.profile import count_profile
+from palr_jax.prompts.tasks import Example, affinity, make_examples, split_users
+from palr_jax.prompts.template import load_template
+from palr_jax.ranking.fuse import choose_weight, fuse
+from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
+from palr_jax.ranking.users import Scores, make_query, read_scores, score_users
+from palr_jax.retrieval import Candidates
+from palr_jax.stages import STAGES, Ledger, flatten
+
+BASE = ('popularity', 'retriever')  # rows that need no LLM
+VERSIONS = (
+    *('palr_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain'),
+    *('transformers', 'tokenizers', 'scann', 'numpy'),
+)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False) -> dict | None:
+    """Runs the stages that `config.stages` names and that are not finished in `workdir`.
+
+    Args:
+      config: see `palr_jax/config.py`.
+      workdir: where everything is written; the same one continues the run.
+      overwrite: redo the stages that a changed config affects, instead of refusing.
+
+    Returns:
+      The report as in report/metrics.json, if that stage was asked for.
+
+    Raises:
+      InputError: bad input of any kind.
+    """
+    validate(config)
+    ledger = Ledger(config, workdir, overwrite)
+    project = Project(config, workdir)
+    storage.write_json(project.workdir / 'config.json', flatten(config))
+    run_stage = {
+        'data': prepare_data,
+        'retrieval': retrieve_candidates,
+        'finetune': finetune,
+        'ranking': rank_users,
+        'report': functools.partial(write_report, ledger=ledger),
+    }
+    with jax.default_matmul_precision(config.model.matmul_precision):
+        for stage in STAGES:
+            if stage not in config.stages:
+                continue
+            weights = project.checkpoint.fingerprint if stage in ('finetune', 'ranking') else None
+            inputs = ledger.inputs(stage, weights)
+            if ledger.complete(stage, inputs):
+                logging.info('%s: finished before', stage)
+                continue
+            logging.info('%s: begins', stage)
+            began = ledger.begin(stage, inputs)
+            run_stage[stage](project)
+            ledger.finish(stage, inputs, began)
+    if 'report' not in config.stages:
+        return None
+    return storage.read_json(project.workdir / 'report' / 'metrics.json')
+
+
+class Project:
+    """A config, its workdir, and what several stages read; each thing is read once, when needed."""
+
+    def __init__(self, config: ConfigDict, workdir: epath.PathLike | None):
+        """Without a workdir nothing can be read from it or written; `dataset` may be assigned."""
+        self.config = config
+        self.workdir = None if workdir is None else epath.Path(workdir)
+
+    @functools.cached_property
+    def dataset(self) -> data.Dataset:
+        return data.read(self.workdir / 'data')
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base model's architecture, tokenizer and identity; no weight is read for them."""
+        return open_checkpoint(data.resolve(self.config.model.path))
+
+    @functools.cached_property
+    def base(self) -> dict[str, Any]:
+        """The base model's parameters."""
+        logging.info('loading the weights of %s', self.config.model.path)
+        return self.checkpoint.params(self.config.model.dtype)
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        prompts = self.config.prompts
+        template = load_template(prompts.template)
+        return Encoder(
+            self.dataset.catalogue,
+            self.checkpoint.tokenizer,
+            template,
+            prompts.style,
+            prompts.length,
+            prompts.item,
+            prompts.answer,
+        )
+
+    def profiles(self, histories: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
+        """The keywords of each history, as `prompts.profile` says: every prompt has them from here.
+
+        A history ends before whatever the prompt is to be answered with.
+        """
+        config = self.config.prompts
+        if config.profile == 'counts':
+            return [count_profile(h, self.dataset.catalogue.keywords) for h in histories]
+        if config.profile == 'llm':
+            model = self.config.model
+            return llm_profiles(
+                histories,
+                self.encoder,
+                config,
+                self._base_scores,
+                path=self.workdir and self.workdir / 'profiles.json',
+                identity=f'{self.checkpoint.fingerprint} {model.dtype} {model.matmul_precision}',
+            )
+        return [()] * len(histories)
+
+    def _base_scores(self, queries: Sequence[Query]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`score_queries` by the base model: prompts are the same before and after tuning."""
+        config = self.config.ranking
+        with jax.default_matmul_precision(self.config.model.matmul_precision):
+            yield from score_queries(
+                self._base_scorer,
+                self.base,
+                queries,
+                batch_size=config.batch_size,
+                row_length=config.row_length,
+                max_shapes=config.max_shapes,
+                max_positions=self.checkpoint.config.max_positions,
+            )
+
+    @functools.cached_property
+    def _base_scorer(self) -> Callable[[Any, Batch], jax.Array]:
+        return make_scorer(self.checkpoint.config, None, jnp.dtype(self.config.model.dtype))
+
+    def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec]:
+        """The base model with the run's adapter beside its kernels, and the adapter's shape."""
+        adapter, spec = peft.load_adapter(self.adapter_folder, self.checkpoint.config)
+        return lora.join(jax.tree.map(jnp.asarray, adapter), self.base), spec
+
+    @property
+    def lora(self) -> lora.LoraSpec:
+        return lora.LoraSpec(
+            self.config.lora.rank, self.config.lora.alpha, tuple(self.config.lora.targets)
+        )
+
+    @property
+    def adapter_folder(self) -> epath.Path:
+        return self.workdir / 'finetune' / 'adapter'
+
+    def scores_path(self, system: str, part: str) -> epath.Path:
+        return self.workdir / 'ranking' / f'{system}_{part}.npz'
+
+
+# --- data -------------------------------------------------------------------------------------
+
+
+def prepare_data(project: Project) -> None:
+    """Raw files -> `data/`: interactions after the k-core, catalogue, split, counts."""
+    data.save(*load_data(project.config.data), project.workdir / 'data')
+    started = {'schema': evaluation.SCHEMA, 'dataset': project.dataset.record, 'runs': []}
+    storage.write_json(project.workdir / 'report' / 'metrics.json', started)
+
+
+def load_data(config: ConfigDict) -> tuple[data.Source, data.Split]:
+    """What `config.data` names, parsed, filtered and split."""
+    source = data.load(config)
+    shares = config.valid_share, config.test_share
+    return source, data.make_split(source.interactions, config.split, *shares)
+
+
+# --- retrieval --------------------------------------------------------------------------------
+
+
+def retrieve_candidates(project: Project) -> None:
+    """`data/` -> `retrieval/`: a trained SASRec, and what it and popularity say of every user."""
+    config, dataset = project.config.retrieval, project.dataset
+    split, catalogue = dataset.split, dataset.catalogue
+    folder = project.workdir / 'retrieval'
+    trained = retrieval.train_sasrec(split, catalogue.items, config, project.config.seed, folder)
+    retrieval.save(trained, folder)
+    index = retrieval.build_index(trained.item_vectors, config.index)
+    retrieval.save_index(index, folder, retrieval.hash_items(catalogue.raw_ids))
+    popular = retrieval.build_index(retrieval.item_counts(split, catalogue.items)[:, None], 'exact')
+
+    for part in ('valid', 'test'):
+        users = split.users(part)
+        histories = [split.history(user, part) for user in users]
+        systems = {
+            'popularity': (popular, retrieval.popularity_queries(len(users))),
+            'retriever': (index, retrieval.user_vectors(trained, histories)),
+        }
+        for system, (searched, queries) in systems.items():
+            exclude = config.exclude_history
+            found = retrieval.retrieve(
+                searched, queries, histories, config.candidates, exclude, users
+            )
+            ranks = retrieval.target_ranks(
+                queries, searched.vectors, split.targets(part)[users], histories, exclude
+            )
+            retrieval.save_candidates(folder, system, part, found)
+            retrieval.save_ranks(folder, system, part, users, ranks)
+    test_queries = systems['retriever'][1]  # the test part came last
+    test = read_candidates(project, 'test')
+    hits = test.items == split.targets('test')[test.users][:, None]
+
+    def recall(k: int) -> float | None:
+        return float(hits[:, :k].any(axis=1).mean()) if k <= config.candidates else None
+
+    storage.write_json(
+        folder / 'retrieval.json',
+        {
+            'backend': index.backend,
+            'recall_vs_exact': retrieval.recall_against_exact(
+                index, test_queries, config.candidates
+            ),
+            'recall@20': recall(20),
+            'recall@50': recall(50),
+        },
+    )
+
+
+def read_candidates(project: Project, part: str) -> Candidates:
+    """The retriever's candidates for the users of a split part."""
+    return retrieval.read_candidates(project.workdir / 'retrieval', 'retriever', part)
+
+
+def full_run(project: Project, system: str) -> Run:
+    """The row of a system that needs no LLM: every test user, ranked over the whole catalogue."""
+    return Run(system, *retrieval.read_ranks(project.workdir / 'retrieval', system, 'test'))
+
+
+# --- fine-tuning ------------------------------------------------------------------------------
+
+
+def finetune(project: Project) -> None:
+    """`data/` and the base model -> `finetune/`: an adapter in PEFT format, the loss it reaches."""
+    config, split = project.config, project.dataset.split
+    ours, others = split_users(split, config.tasks.users, config.seed)
+    tokens, _ = encode_examples(project, ours)
+    logging.info('finetune: %d examples of %d users', len(tokens), len(ours))
+    model = project.checkpoint.config
+    program = Program(model, project.lora, jnp.dtype(config.model.dtype))
+    adapter = train(
+        project.base, program, tokens, config.finetune, seed=config.seed, workdir=project.workdir
+    )
+    peft.save_adapter(project.adapter_folder, adapter, project.lora, config.model.path)
+
+    # Whether what was learned carries over to users who gave no example; one example each.
+    held_out = np.random.default_rng([config.seed, 4]).permutation(others)
+    tokens, users = encode_examples(project, np.sort(held_out[: config.finetune.held_out]))
+    users, first = np.unique(users, return_index=True)
+    tokens = [tokens[i] for i in first]
+    fresh = lora.init_adapter(model, project.lora, config.seed)  # changes nothing: B is zero
+    before, after = (
+        answer_losses(lora.join(leaves, project.base), program, tokens, config.finetune.length)
+        for leaves in (fresh, adapter)
+    )
+    storage.write_arrays(
+        project.workdir / 'finetune' / 'answer_loss.npz', users=users, before=before, after=after
+    )
+
+
+def encode_examples(project: Project, users: np.ndarray) -> tuple[list[Tokens], np.ndarray]:
+    """The users' examples as tokens, and the user of each."""
+    examples = training_examples(project, users)
+    length = project.config.finetune.length
+    tokens = [
+        encode_example(example, project.encoder, profile, length)
+        for example, profile in zip(examples, example_profiles(project, examples))
+    ]
+    return tokens, np.array([example.user for example in examples], np.int64)
+
+
+def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
+    """The instruction examples of these users, in item ids."""
+    config, dataset = project.config, project.dataset
+    return make_examples(
+        dataset.split,
+        dataset.catalogue,
+        affinity(dataset.split, dataset.catalogue),
+        users,
+        config.tasks,
+        history=config.prompts.history,
+        seed=config.seed,
+    )
+
+
+def example_profiles(project: Project, examples: Sequence[Example]) -> list[tuple[str, ...]]:
+    """The keywords that each example shows: of everything before its cut, or none."""
+    if not project.config.tasks.profile:
+        return [()] * len(examples)
+    return project.profiles([example.past for example in examples])
+
+
+# --- ranking ----------------------------------------------------------------------------------
+
+
+def rank_users(project: Project) -> None:
+    """Candidates, base model and adapter -> `ranking/`: the LLM's scores before and after tuning.
+
+    Both score the test users; the validation users, on whom the fusion weight is chosen, are scored
+    by the one that is fused: the tuned model, or the base where nothing was tuned.
+    """
+    systems = [('llm_zero_shot', project.base, None, '')]
+    if project.adapter_folder.exists():
+        tuned, spec = project.adapted()
+        weights = project.adapter_folder / 'adapter_model.safetensors'
+        identity = hashlib.sha256(weights.read_bytes()).hexdigest()
+        systems.append(('llm', tuned, spec, identity))
+    queries = {part: make_queries(project, part) for part in ('valid', 'test')}
+    for system, params, spec, identity in systems:
+        scorer = make_scorer(project.checkpoint.config, spec, jnp.dtype(project.config.model.dtype))
+        for part in ('valid', 'test') if system == systems[-1][0] else ('test',):
+            users, items, of_users = queries[part]
+            score_users(
+                f'{system} ({part})',
+                users,
+                items,
+                of_users,
+                project.encoder,
+                scorer,
+                params,
+                project.config.ranking,
+                max_positions=project.checkpoint.config.max_positions,
+                path=project.scores_path(system, part),
+                identity=identity,
+            )
+    choose_fusion(project, systems[-1][0])
+
+
+def choose_fusion(project: Project, system: str) -> None:
+    """Weighs the retriever against `system` on the validation users -> `ranking/fusion.json`."""
+    config = project.config.ranking
+    valid = read_scores(project.scores_path(system, 'valid'))
+    weight, ndcg = choose_weight(
+        valid.items,
+        retriever_scores(project, valid, 'valid'),
+        valid.normalized(config.normalize),
+        project.dataset.split.targets('valid')[valid.users],
+        config.fusion_weights,
+    )
+    fusion = {
+        'system': system,
+        'weight': weight,
+        'valid_users': len(valid.users),
+        'valid_ndcg@10': [[w, value] for w, value in ndcg.items()],
+    }
+    storage.write_json(project.workdir / 'ranking' / 'fusion.json', fusion)
+
+
+def make_queries(project: Project, part: str) -> tuple[np.ndarray, np.ndarray, list[Query]]:
+    """(users [U'], their candidates [U', C], their prompts) for a seeded sample of a split part."""
+    config = project.config
+    found = read_candidates(project, part)
+    number = config.ranking.users if part == 'test' else config.ranking.valid_users
+    users = sample_users(found.users, number, config.seed)
+    rows = np.searchsorted(found.users, users)
+    items = found.items[rows, : config.ranking.candidates]
+    histories = [project.dataset.split.history(user, part) for user in users]
+    profiles = project.profiles([history.tolist() for history in histories])
+    queries, cut = [], 0
+    for user, history, profile, candidates in zip(users, histories, profiles, items):
+        query, dropped = make_query(
+            project.encoder,
+            config.prompts,
+            history,
+            profile,
+            candidates[candidates >= 0],
+            seed=order_seed(config, user),
+        )
+        queries.append(query)
+        cut += dropped
+    logging.info(
+        'ranking: %d %s users, %.0f prompt tokens and %.1f tokens an item on average; %d history '
+        'items cut to keep to %d tokens',
+        len(users),
+        part,
+        np.mean([len(query.prompt) for query in queries]),
+        np.mean([len(answer) for query in queries for answer in query.candidates]),
+        cut,
+        config.prompts.length,
+    )
+    return users, items, queries
+
+
+def order_seed(config: ConfigDict, user: int) -> list[int]:
+    """Of the order in which a user's prompt lists the candidates."""
+    return [config.seed, 5, int(user)]
+
+
+def sample_users(users: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """`number` of the users (0 is all), ascending, chosen by the seed."""
+    if number == 0 or number >= len(users):
+        return users
+    return np.sort(np.random.default_rng([seed, 6]).permutation(users)[:number])
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def write_report(project: Project, *, ledger: Ledger) -> None:
+    """Everything before -> `report/`: metrics.json, report.md and the picture."""
+    config, dataset = project.config, project.dataset
+    runs = [full_run(project, system) for system in BASE]
+    comparisons = [Comparison(runs[1], runs[0], 'NDCG@10')]
+    notes, answer_loss = [], None
+    timing = {'seconds': ledger.seconds()}
+    if project.scores_path('llm_zero_shot', 'test').exists():
+        sampled, llm, fusion_note = ranked_runs(project, runs)
+        runs += sampled.values()
+        fused, retriever = sampled['fused'], sampled['retriever']
+        comparisons += [Comparison(fused, retriever, m) for m in ('NDCG@10', 'HR@10')]
+        if 'llm' in sampled:
+            comparisons.append(Comparison(sampled['llm'], sampled['llm_zero_shot'], 'NDCG@10'))
+        notes = [*prompt_notes(config), fusion_note]
+        timing |= {
+            'users_per_second': len(llm.users) / llm.seconds,
+            'tokens_per_second': llm.computed / llm.seconds,
+        }
+    loss_path = project.workdir / 'finetune' / 'answer_loss.npz'
+    if loss_path.exists():
+        answer_loss = AnswerLoss(**storage.read_arrays(loss_path))
+    report = evaluation.build(
+        dataset=dataset.record,
+        retrieval=storage.read_json(project.workdir / 'retrieval' / 'retrieval.json'),
+        runs=runs,
+        comparisons=comparisons,
+        timing=timing,
+        versions={'python': platform.python_version()}
+        | {name: metadata.version(name) for name in VERSIONS if _installed(name)},
+        seed=config.seed,
+        candidates=config.ranking.candidates,
+        resamples=config.evaluation.resamples,
+        ks=config.evaluation.ks,
+        notes=notes,
+        answer_loss=answer_loss,
+    )
+    evaluation.write(report, project.workdir / 'report')
+
+
+def ranked_runs(project: Project, full: list[Run]) -> tuple[dict[str, Run], Scores, str]:
+    """The rows over the users whom the LLM ranked, its scores, and how the fusion was weighted."""
+    config, split = project.config.ranking, project.dataset.split
+    fusion = storage.read_json(project.workdir / 'ranking' / 'fusion.json')
+    scores = {
+        name: read_scores(project.scores_path(name, 'test'))
+        for name in dict.fromkeys(('llm_zero_shot', fusion['system']))
+    }
+    llm = scores[fusion['system']]
+    users, targets = llm.users, split.targets('test')[llm.users]
+    everyone = len(users) == len(full[0].users)
+    user_set = 'all' if everyone else evaluation.sampled(users, project.config.seed)
+    ranks = {run.system: run.ranks.take(np.searchsorted(run.users, users)) for run in full}
+    for name, found in scores.items():
+        ranks[name] = rank_targets(found.items, found.normalized(config.normalize), targets)
+    fused = fuse(
+        retriever_scores(project, llm, 'test'), llm.normalized(config.normalize), fusion['weight']
+    )
+    ranks['fused'] = rank_targets(llm.items, fused, targets)
+    modes = dict.fromkeys(BASE)  # what ranks without the LLM has none
+    runs = {
+        name: Run(name, users, of_users, user_set=user_set, mode=modes.get(name, config.mode))
+        for name, of_users in ranks.items()
+    }
+    ndcg = dict(fusion['valid_ndcg@10'])
+    note = (
+        f"fused: the retriever's standardised score + {fusion['weight']:g} times that of "
+        f'{fusion["system"]}; the weight is the best of {len(ndcg)} by NDCG@10 on '
+        f'{fusion["valid_users"]} validation users ({ndcg[fusion["weight"]]:.4f}; the retriever '
+        f'alone {ndcg[min(ndcg)]:.4f}).'
+    )
+    return runs, llm, note
+
+
+def retriever_scores(project: Project, scores: Scores, part: str) -> np.ndarray:
+    """[U', C] what the retriever said of the items that the LLM scored."""
+    found = read_candidates(project, part)
+    rows = np.searchsorted(found.users, scores.users)
+    return found.scores[rows, : scores.items.shape[1]]
+
+
+def prompt_notes(config: ConfigDict) -> list[str]:
+    """What the reader of a number must know of the prompts behind it."""
+    prompts = config.prompts
+    return [
+        f"The LLM rows rank the retriever's {config.ranking.candidates} best candidates (the "
+        f'paper: 50), from prompts of at most {prompts.history} history items (the paper: 20) and '
+        f'{prompts.length} tokens; a target that was not retrieved is a miss.',
+        f'User profile: {prompts.profile}; an item is shown by its {prompts.item} and answered by '
+        f'its {prompts.answer}.',
+        f'The prompt lists the candidates in {prompts.candidate_order} order; the score of a title '
+        f'is its log-likelihood, normalised by {config.ranking.normalize}.',
+    ]
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,157 @@
+"""Ten titles for a history, from a finished run.
+
+    python -m palr_jax.recommend --workdir=runs/demo --history="Toy Story (1995)|Aladdin (1992)"
+
+Nothing is trained again: the history goes through the run's retriever, the LLM with the run's
+adapter scores what was retrieved, and both are fused with the run's weight.
+"""
+
+import dataclasses
+import difflib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from palr_jax import cli, retrieval, storage
+from palr_jax.config import restore
+from palr_jax.data import Catalogue
+from palr_jax.errors import InputError
+from palr_jax.pipeline import Project
+from palr_jax.ranking.fuse import fuse
+from palr_jax.ranking.score import make_scorer, score_queries
+from palr_jax.ranking.users import Scores, make_query
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
+HISTORY = flags.DEFINE_string('history', None, 'Titles, oldest first, with | between them.')
+NUMBER = flags.DEFINE_integer('number', 10, 'How many titles to print.', lower_bound=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recommendation:
+    """One recommended item.
+
+    Attributes:
+      title: as in the catalogue.
+      score: fused, higher is better.
+      retriever: the retriever's score.
+      llm: the title's log-likelihood, normalised as the run's config says.
+    """
+
+    title: str
+    score: float
+    retriever: float
+    llm: float
+
+
+def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[Recommendation]:
+    """The `number` best items for a history of titles, best first.
+
+    Args:
+      workdir: of a run whose ranking is finished.
+      titles: oldest first.
+      number: of recommendations; fewer where the run ranks fewer candidates.
+
+    Raises:
+      InputError: a title is unknown, or the run is not finished.
+    """
+    workdir = epath.Path(workdir)
+    if not (workdir / 'ranking' / 'stage.json').exists():
+        raise InputError(f'--workdir={workdir} holds no finished run; allowed: one that is ranked.')
+    project = Project(restore(storage.read_json(workdir / 'config.json')), workdir)
+    config = project.config
+    history = find_items(titles, project.dataset.catalogue)
+    items, base_scores = retrieve_for(project, history)
+    fusion = storage.read_json(workdir / 'ranking' / 'fusion.json')
+
+    params, spec = project.adapted() if fusion['system'] == 'llm' else (project.base, None)
+    (profile,) = project.profiles([history.tolist()])
+    query, _ = make_query(
+        project.encoder, config.prompts, history, profile, items, seed=[config.seed, 5]
+    )
+    scorer = make_scorer(project.checkpoint.config, spec, jnp.dtype(config.model.dtype))
+    with jax.default_matmul_precision(config.model.matmul_precision):
+        ((_, sums),) = score_queries(
+            scorer,
+            params,
+            [query],
+            batch_size=1,
+            row_length=config.ranking.row_length,
+            max_shapes=1,
+            max_positions=project.checkpoint.config.max_positions,
+        )
+    llm = Scores.of_queries(items[None], [query], project.encoder, sums).normalized(
+        config.ranking.normalize
+    )
+    fused = fuse(base_scores[None], llm, fusion['weight'])[0]
+    return [
+        Recommendation(
+            project.dataset.catalogue.titles[items[i]],
+            float(fused[i]),
+            float(base_scores[i]),
+            float(llm[0, i]),
+        )
+        for i in np.argsort(-fused, kind='stable')[:number]
+    ]
+
+
+def retrieve_for(project: Project, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[C] items for a history from the run's index, best first, and their [C] scores."""
+    folder, config = project.workdir / 'retrieval', project.config
+    of_items = retrieval.hash_items(project.dataset.catalogue.raw_ids)
+    found = retrieval.retrieve(
+        retrieval.load_index(folder, of_items),
+        retrieval.user_vectors(retrieval.load(folder), [history]),
+        [history],
+        config.ranking.candidates,
+        config.retrieval.exclude_history,
+    )
+    filled = found.items[0] >= 0
+    return found.items[0][filled], found.scores[0][filled]
+
+
+def find_items(titles: list[str], catalogue: Catalogue) -> np.ndarray:
+    """[n] int32 items of the titles, whatever their case and blanks.
+
+    Where several items share a title, the first of the catalogue is taken.
+
+    Raises:
+      InputError: a title is not in the catalogue; names the nearest ones.
+    """
+    by_title: dict[str, int] = {}
+    for item in range(1, catalogue.items + 1):
+        by_title.setdefault(_plain(catalogue.titles[item]), item)
+    items = []
+    for title in titles:
+        if _plain(title) not in by_title:
+            near = difflib.get_close_matches(_plain(title), by_title, n=3, cutoff=0.4)
+            names = ', '.join(f'"{catalogue.titles[by_title[t]]}"' for t in near)
+            raise InputError(
+                f'--history: "{title}" is not in the catalogue; '
+                + (f'the nearest titles are {names}.' if near else 'no title comes near it.')
+            )
+        items.append(by_title[_plain(title)])
+    return np.array(items, np.int32)
+
+
+def _plain(title: str) -> str:
+    return ' '.join(title.casefold().split())
+
+
+def main(_: list[str]) -> None:
+    titles = [title.strip() for title in HISTORY.value.split('|') if title.strip()]
+    if not titles:
+        raise InputError('--history names no title; allowed: titles with | between them.')
+    print(f'{"":>3}  {"score":>7}  {"retriever":>9}  {"LLM":>7}  title')
+    for place, found in enumerate(recommend(WORKDIR.value, titles, NUMBER.value), start=1):
+        print(
+            f'{place:>3}  {found.score:>7.3f}  {found.retriever:>9.3f}  {found.llm:>7.3f}  '
+            f'{found.title}'
+        )
+
+
+if __name__ == '__main__':
+    flags.mark_flags_as_required(['workdir', 'history'])
+    cli.run(main)

@@ -1,0 +1,194 @@
+"""Which stages of a run are finished, and what a changed config means for them.
+
+A stage is complete when its `stage.json`, written last, exists. It holds the part of the config
+that the stage depends on and the identities of its inputs. `started.json` holds the same from the
+start, so a half-finished stage cannot be continued under another config.
+
+The same command again continues. A config change that affects a stage begun before is refused, with
+the field and the first such stage; `--overwrite` removes that stage and the later ones and redoes
+them. Three things invalidate nothing: which stages are asked for, how results are shown, and more
+`finetune.steps`, which continue the same run.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from palr_jax import storage
+from palr_jax.errors import InputError
+
+FORMAT = 1  # of stage.json and of what the stages write
+
+# The parts of the config that each stage reads, besides what its inputs read.
+DEPENDS = {
+    'data': ('data',),
+    'retrieval': ('seed', 'retrieval'),
+    'finetune': ('model', 'lora', 'prompts', 'tasks', 'finetune'),
+    # Prompts and model once more: without fine-tuning no other stage notes them.
+    'ranking': ('model', 'prompts', 'ranking'),
+    'report': ('evaluation',),
+}
+# The stages whose outputs each stage reads; those after the bar only where they were run.
+NEEDS = {
+    'data': (),
+    'retrieval': ('data',),
+    'finetune': ('data',),
+    'ranking': ('data', 'retrieval', '|', 'finetune'),
+    'report': ('data', 'retrieval', '|', 'finetune', 'ranking'),
+}
+STAGES = tuple(DEPENDS)
+STEPS = 'finetune.steps'
+
+
+class Ledger:
+    """The stages of one workdir under one config."""
+
+    def __init__(self, config: ConfigDict, workdir: epath.PathLike, overwrite: bool):
+        """Checks what `workdir` holds against `config`, and clears what `overwrite` allows.
+
+        Raises:
+          InputError: a stage begun before depends on a field that has changed.
+        """
+        self.workdir = epath.Path(workdir)
+        self._config = config
+        for stage in STAGES:
+            stored = self._read(stage, 'stage.json') or self._read(stage, 'started.json')
+            if stored is None:
+                continue
+            change = _first_change(stored, config_part(config, stage))
+            if change is None:
+                continue
+            later = STAGES[STAGES.index(stage) :]
+            begun = [s for s in later if self.folder(s).exists()]
+            if not overwrite:
+                raise InputError(
+                    f'{self.workdir}: {change}; this affects the stage {stage} first, and '
+                    f'--overwrite would redo {", ".join(begun)}.'
+                )
+            for name in begun:
+                logging.info('--overwrite: removing the stage %s (%s)', name, change)
+                _remove(self.folder(name))
+            break
+
+    def folder(self, stage: str) -> epath.Path:
+        return self.workdir / stage
+
+    def inputs(self, stage: str, weights: str | None = None) -> dict[str, str]:
+        """What the stage would be made from: the identities of finished stages, and the weights.
+
+        Raises:
+          InputError: a stage that it needs is not finished, or the weights are not those that the
+            stage was begun with.
+        """
+        inputs, needed = {}, True
+        for name in NEEDS[stage]:
+            if name == '|':
+                needed = False
+            elif (identity := self._identity(name)) is not None:
+                inputs[name] = identity
+            elif needed:
+                raise InputError(
+                    f'{self.workdir}: the stage {stage} needs the stage {name}, which is not '
+                    'finished here; add it to config.stages.'
+                )
+        if weights is not None:
+            inputs['weights'] = weights
+            stored = self._read(stage, 'stage.json') or self._read(stage, 'started.json')
+            if stored and stored['inputs'].get('weights') != weights:
+                raise InputError(
+                    f'config.model.path: these are not the weights that the stage {stage} in '
+                    f'{self.workdir} was made with; use another workdir.'
+                )
+        return inputs
+
+    def complete(self, stage: str, inputs: Mapping[str, str]) -> bool:
+        """Whether the stage is finished, and was made from these inputs and this config."""
+        stored = self._read(stage, 'stage.json')
+        part = config_part(self._config, stage)
+        return stored is not None and stored['inputs'] == inputs and stored['config'] == part
+
+    def begin(self, stage: str, inputs: Mapping[str, str]) -> float:
+        """Notes that the stage is under way; returns the time for `finish`."""
+        self._write(stage, 'started.json', inputs)
+        (self.folder(stage) / 'stage.json').unlink(missing_ok=True)
+        return time.monotonic()
+
+    def finish(self, stage: str, inputs: Mapping[str, str], began: float) -> None:
+        """Notes, last of all, that the stage is complete."""
+        self._write(stage, 'stage.json', inputs, seconds=round(time.monotonic() - began, 1))
+        (self.folder(stage) / 'started.json').unlink(missing_ok=True)
+
+    def seconds(self) -> dict[str, float]:
+        """How long each finished stage took in the session that finished it."""
+        stored = {stage: self._read(stage, 'stage.json') for stage in STAGES}
+        return {stage: entry['seconds'] for stage, entry in stored.items() if entry}
+
+    def _read(self, stage: str, name: str) -> dict[str, Any] | None:
+        path = self.folder(stage) / name
+        if not path.exists():
+            return None
+        stored = storage.read_json(path)
+        if stored.get('format') != FORMAT:
+            raise InputError(
+                f'{path}: format is {stored.get("format")}; this version reads {FORMAT}. '
+                'Use another workdir.'
+            )
+        return stored
+
+    def _identity(self, stage: str) -> str | None:
+        """A hash of all that the outputs of a finished stage depend on."""
+        stored = self._read(stage, 'stage.json')
+        if stored is None:
+            return None
+        text = json.dumps([stored['config'], stored['inputs']], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _write(self, stage: str, name: str, inputs: Mapping[str, str], **more: Any) -> None:
+        entry = {'format': FORMAT, 'config': config_part(self._config, stage)}
+        storage.write_json(self.folder(stage) / name, entry | {'inputs': dict(inputs)} | more)
+
+
+def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
+    """The fields that `stage` reads itself, as {'finetune.steps': 200, …}, JSON-able."""
+    part = {}
+    for name in DEPENDS[stage]:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            part |= flatten(value, f'{name}.')
+        else:
+            part[name] = value
+    return part
+
+
+def flatten(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
+    """Every field of a config by its dotted name; tuples become lists, as in JSON."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= flatten(value, f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _first_change(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    before = stored['config']
+    for field in sorted(before.keys() | wanted.keys()):
+        old, new = before.get(field), wanted.get(field)
+        if old != new and not (field == STEPS and old is not None and new > old):
+            return f'config.{field} was {old!r} there and is {new!r} now'
+    return None
+
+
+def _remove(folder: epath.Path) -> None:
+    if '://' in str(folder):
+        folder.rmtree()
+    else:
+        shutil.rmtree(folder)

@@ -1,0 +1,122 @@
+"""The config: every field is checked, every default is allowed, every field is read."""
+
+import json
+import pathlib
+import re
+
+import pytest
+
+from palr_jax.config import CHOICES, RANGES, default_config, restore, validate
+from palr_jax.errors import InputError
+from palr_jax.stages import flatten
+
+ROOT = pathlib.Path(__file__).parent.parent
+FIELDS = sorted(flatten(default_config()))
+
+
+def changed(field, value):
+    """The defaults with one field replaced, whatever its type."""
+    config = default_config()
+    config.unlock()
+    *groups, name = field.split('.')
+    at = config
+    for group in groups:
+        at = at[group]
+    with at.ignore_type():
+        at[name] = value
+    return config
+
+
+def test_the_defaults_are_allowed():
+    validate(default_config())
+
+
+@pytest.mark.parametrize('field', FIELDS)
+def test_a_wrong_type_names_the_field(field):
+    for value in (None, 1j, ()):
+        with pytest.raises(InputError, match=re.escape(f'config.{field} is ')):
+            validate(changed(field, value))
+
+
+@pytest.mark.parametrize('field', sorted(CHOICES))
+def test_an_unknown_choice_names_the_field_and_what_is_allowed(field):
+    with pytest.raises(InputError) as error:
+        validate(changed(field, 'nonsense'))
+    assert str(error.value).startswith(f"config.{field} is 'nonsense'; allowed: '")
+    assert all(repr(choice) in str(error.value) for choice in CHOICES[field])
+
+
+@pytest.mark.parametrize('field', sorted(RANGES))
+def test_a_number_out_of_range_names_the_field(field):
+    kind = type(flatten(default_config())[field])
+    with pytest.raises(InputError, match=re.escape(f'config.{field} is -1')):
+        validate(changed(field, kind(-1)))
+
+
+def test_not_a_number_is_refused():
+    with pytest.raises(InputError, match=r'config\.finetune\.learning_rate is nan'):
+        validate(changed('finetune.learning_rate', float('nan')))
+
+
+def test_a_misspelt_field_gets_the_nearest_name():
+    config = default_config()
+    config.finetune.stepz = 3
+    with pytest.raises(InputError) as error:
+        validate(config)
+    assert str(error.value) == (
+        'config.finetune.stepz is not a field; did you mean config.finetune.steps?'
+    )
+
+
+def test_more_candidates_than_are_retrieved_are_refused():
+    with pytest.raises(InputError, match=r'at most config\.retrieval\.candidates, which is 50'):
+        validate(changed('ranking.candidates', 51))
+
+
+def test_a_prompt_without_the_user_is_refused():
+    config = default_config()
+    config.prompts.history = 0
+    config.prompts.profile = 'none'
+    with pytest.raises(InputError, match='nothing of the user'):
+        validate(config)
+
+
+def test_candidates_in_training_alone_are_refused():
+    config = default_config()
+    config.prompts.candidates = False
+    with pytest.raises(
+        InputError, match=r'allowed without candidates: config\.tasks\.recommend_re'
+    ):
+        validate(config)
+    config.tasks.recommend_retrieval = 0.0
+    validate(config)
+
+
+def test_the_open_choices_of_the_paper_have_the_documented_defaults():
+    """What the paper leaves open, as docs/prompts.md lists it."""
+    tasks = default_config().tasks
+    assert (tasks.users, tasks.recommend_retrieval, tasks.swap) == (0.2, 0.5, 0.1)
+    assert (tasks.candidates, tasks.targets, tasks.min_history) == (20, 10, 3)
+    assert (tasks.negatives_by_genre, tasks.enrich, tasks.enrich_min_users) == (0.5, True, 3)
+    assert (tasks.targets_at, tasks.profile) == ('shuffled', True)
+    prompts = default_config().prompts
+    assert (prompts.history, prompts.item, prompts.answer) == (20, 'title', 'title')
+
+
+def test_a_config_survives_json_with_its_tuples():
+    config = default_config()
+    config.evaluation.ks = (1, 20)
+    again = restore(json.loads(json.dumps(flatten(config))))
+    assert again == config
+    assert again.evaluation.ks == (1, 20)
+    assert isinstance(again.lora.targets, tuple)
+
+
+@pytest.mark.parametrize('field', FIELDS)
+def test_every_field_is_read_somewhere(field):
+    code = ''.join(
+        path.read_text()
+        for path in (ROOT / 'palr_jax').rglob('*.py')
+        if path.name != 'config.py' or path.parent.name == 'llama'
+    )
+    assert re.search(rf'\.{field.split(".")[-1]}\b', code), f'nothing reads config.{field}'

@@ -1,0 +1,314 @@
+"""The whole system on made-up data and a tiny model: what a run writes, resumes and refuses."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import logging
+
+from palr_jax import pipeline, storage
+from palr_jax.config import default_config, restore
+from palr_jax.data import read
+from palr_jax.errors import InputError
+from palr_jax.recommend import find_items, recommend
+from palr_jax.testing import write_ml100k
+from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
+
+ROOT = pathlib.Path(__file__).parent.parent
+SYSTEMS = ['popularity', 'retriever', 'llm_zero_shot', 'llm', 'fused']
+
+
+@pytest.fixture(scope='module')
+def inputs(tmp_path_factory):
+    """A folder with made-up ratings and a tiny model in their official layouts."""
+    folder = tmp_path_factory.mktemp('inputs')
+    write_ml100k(folder / 'ml-100k', users=40, items=60, seed=0)
+    lines = (folder / 'ml-100k' / 'u.item').read_bytes().decode('latin-1')
+    tokenizer = tiny_tokenizer([lines])
+    config = tiny_config(vocab_size=tokenizer.size, max_positions=1024)
+    write_hf_folder(folder / 'model', config, random_params(config, 0), tokenizer)
+    return folder
+
+
+def small_config(inputs):
+    config = default_config()
+    config.data.path = str(inputs / 'ml-100k')
+    config.model.path = str(inputs / 'model')
+    config.retrieval.width = 16
+    config.retrieval.epochs = 4
+    config.retrieval.candidates = 12
+    config.prompts.history = 4
+    config.prompts.length = 700
+    config.tasks.candidates = 6
+    config.tasks.targets = 2
+    config.tasks.users = 0.5
+    config.finetune.steps = 4
+    config.finetune.batch_size = 2
+    config.finetune.length = 700
+    config.finetune.checkpoint_every = 2
+    config.finetune.held_out = 4
+    config.ranking.candidates = 10
+    config.ranking.users = 12
+    config.ranking.valid_users = 10
+    config.evaluation.resamples = 200
+    return config
+
+
+@pytest.fixture(scope='module')
+def finished(inputs, tmp_path_factory):
+    """(workdir, report) of one whole run."""
+    workdir = tmp_path_factory.mktemp('run')
+    return workdir, pipeline.run(small_config(inputs), workdir)
+
+
+@pytest.mark.slow
+def test_the_report_has_all_systems_on_the_same_users(finished):
+    _, report = finished
+    everyone, sampled = report['runs'][:2], report['runs'][2:]
+    assert [run['system'] for run in everyone] == SYSTEMS[:2]
+    assert [run['system'] for run in sampled] == SYSTEMS
+    assert {run['users'] for run in everyone} == {40}
+    assert {run['users'] for run in sampled} == {12}
+    assert len({run['user_set']['sha256'] for run in sampled}) == 1
+    for run in report['runs']:
+        assert 0 <= run['HR@1'] <= run['HR@5'] <= run['HR@10'] <= 1
+        low, high = run['ci95']['NDCG@10']
+        assert low <= run['NDCG@10'] <= high
+    assert report['retrieval']['recall_vs_exact'] == 1.0
+    assert report['dataset']['users'] == 40
+    assert report['finetune']['examples'] > 0
+
+
+@pytest.mark.slow
+def test_all_files_of_the_contract_are_there(finished):
+    workdir, report = finished
+    for name in (
+        *('config.json', 'metrics.jsonl', 'finetune/adapter/adapter_config.json'),
+        *('finetune/adapter/adapter_model.safetensors', 'report/report.md'),
+        *('report/comparison.png', 'report/metrics.json'),
+    ):
+        assert (workdir / name).stat().st_size > 0, name
+    assert json.loads((workdir / 'report' / 'metrics.json').read_text()) == report
+    lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+    assert [line['step'] for line in lines if line['stage'] == 'finetune'] == [1, 2, 3, 4]
+    assert not list(workdir.rglob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_the_same_command_again_does_no_finished_work(finished, inputs, monkeypatch):
+    workdir, report = finished
+    files = {path: path.stat().st_mtime_ns for path in workdir.rglob('*') if path.is_file()}
+
+    def work(*_, **__):
+        raise AssertionError('finished work is done again')
+
+    for name in ('prepare_data', 'retrieve_candidates', 'finetune', 'rank_users', 'write_report'):
+        monkeypatch.setattr(pipeline, name, work)
+    assert pipeline.run(small_config(inputs), workdir) == report
+    changed = {p for p, t in files.items() if p.stat().st_mtime_ns != t}
+    assert changed <= {workdir / 'config.json'}
+
+
+@pytest.mark.slow
+def test_the_same_command_elsewhere_gives_the_same_numbers(finished, inputs, tmp_path):
+    _, report = finished
+    again = pipeline.run(small_config(inputs), tmp_path)
+    for key in ('runs', 'comparisons', 'retrieval', 'dataset', 'finetune'):
+        assert again[key] == report[key], key
+
+
+@pytest.mark.slow
+def test_ranking_continues_with_the_users_not_yet_scored(finished, inputs, tmp_path, caplog):
+    """A run killed while ranking scores only the missing users, and ends with the same scores."""
+    workdir, _ = finished
+    path = workdir / 'ranking' / 'llm_test.npz'
+    before = storage.read_arrays(path)
+    sums = before['sums'].copy()
+    sums[3:7] = np.nan
+    storage.write_arrays(path, **(before | {'sums': sums}))
+    (workdir / 'ranking' / 'stage.json').unlink()
+    with caplog.at_level(logging.INFO):
+        pipeline.run(small_config(inputs), workdir)
+    assert [r.args[1] for r in caplog.records if 'users in %d shapes' in r.msg] == [4]
+    np.testing.assert_allclose(storage.read_arrays(path)['sums'], before['sums'], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_more_steps_continue_the_run_and_keep_what_does_not_read_the_adapter(
+    finished, inputs, tmp_path
+):
+    workdir = tmp_path / 'longer'
+    shutil.copytree(finished[0], workdir)
+    zero_shot = (workdir / 'ranking' / 'llm_zero_shot_test.npz').read_bytes()
+    config = small_config(inputs)
+    config.finetune.steps = 6
+    longer = pipeline.run(config, workdir)
+    steps = [
+        json.loads(line)['step'] for line in (workdir / 'metrics.jsonl').read_text().splitlines()
+    ]
+    assert steps[-6:] == [1, 2, 3, 4, 5, 6]
+    assert (workdir / 'ranking' / 'llm_zero_shot_test.npz').read_bytes() == zero_shot
+    tuned = {run['system']: run for run in longer['runs']}
+    assert tuned['retriever'] == {r['system']: r for r in finished[1]['runs']}['retriever']
+    fresh = pipeline.run(config, tmp_path / 'fresh')
+    assert fresh['runs'] == longer['runs']
+
+
+def test_only_the_stages_asked_for(inputs, tmp_path):
+    config = small_config(inputs)
+    config.stages = ('data',)
+    assert pipeline.run(config, tmp_path) is None
+    record = read(tmp_path / 'data').record
+    assert record['users'] == 40
+    started = storage.read_json(tmp_path / 'report' / 'metrics.json')
+    assert started == {'schema': 1, 'dataset': record, 'runs': []}
+    assert not (tmp_path / 'retrieval').exists()
+
+
+@pytest.mark.slow
+def test_a_report_without_an_llm(inputs, tmp_path):
+    config = small_config(inputs)
+    config.stages = ('data', 'retrieval', 'report')
+    report = pipeline.run(config, tmp_path)
+    assert [run['system'] for run in report['runs']] == SYSTEMS[:2]
+    assert report['finetune'] is None
+
+
+@pytest.mark.slow
+def test_profiles_by_the_llm_are_made_once_and_serve_every_stage(inputs, tmp_path, monkeypatch):
+    config = small_config(inputs)
+    config.prompts.profile = 'llm'
+    config.prompts.profile_history = 5
+    config.finetune.steps = 2
+    config.ranking.max_shapes = 1
+    config.ranking.users = config.ranking.valid_users = 4
+    report = pipeline.run(config, tmp_path)
+    assert [run['system'] for run in report['runs'][2:]] == SYSTEMS
+    kept = storage.read_json(tmp_path / 'profiles.json')
+    catalogue = read(tmp_path / 'data').catalogue
+    assert set(kept.values()) <= {k for keywords in catalogue.keywords for k in keywords}
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Project, '_base_scores', None)  # calling it would fail
+        (tmp_path / 'ranking' / 'stage.json').unlink()
+        assert pipeline.run(config, tmp_path)['runs'] == report['runs']
+    assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
+
+
+@pytest.mark.slow
+def test_recommend_prints_unseen_titles_best_first(finished):
+    workdir, _ = finished
+    catalogue = read(workdir / 'data').catalogue
+    history = [catalogue.titles[3], f'  {catalogue.titles[5].upper()} ']
+    found = recommend(workdir, history, 10)
+    assert len(found) == 10
+    assert len({entry.title for entry in found}) >= 9  # two items may share a title
+    assert {catalogue.titles[3], catalogue.titles[5]}.isdisjoint(e.title for e in found)
+    assert [e.score for e in found] == sorted((e.score for e in found), reverse=True)
+    assert found == recommend(workdir, history, 10)
+
+
+@pytest.mark.slow
+def test_recommend_names_the_nearest_titles(finished):
+    workdir, _ = finished
+    catalogue = read(workdir / 'data').catalogue
+    with pytest.raises(InputError) as error:
+        find_items([catalogue.titles[1][:-4]], catalogue)
+    assert catalogue.titles[1] in str(error.value)
+    with pytest.raises(InputError, match='no title comes near'):
+        find_items(['#'], catalogue)
+
+
+def test_recommend_needs_a_finished_run(tmp_path):
+    with pytest.raises(InputError, match='holds no finished run'):
+        recommend(tmp_path, ['x'], 10)
+
+
+@pytest.mark.slow
+def test_the_config_of_a_run_is_kept(finished, inputs):
+    workdir, _ = finished
+    assert restore(storage.read_json(workdir / 'config.json')) == small_config(inputs)
+
+
+def main(*arguments):
+    """Runs the real program; (exit status, error lines)."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'palr_jax.main', *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert 'Traceback' not in done.stderr
+    return done.returncode, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A command that must fail, and what its one sentence must name."""
+
+    arguments: tuple[str, ...]
+    named: str
+
+
+BAD = {
+    'misspelt field': Bad(
+        ('--config.finetune.stepz=3',), 'config.finetune.stepz is not a field; did you mean'
+    ),
+    'wrong type': Bad(('--config.finetune.steps=many',), 'config.finetune.steps=many'),
+    'wrong value': Bad(
+        ('--config.prompts.style=xml',), "config.prompts.style is 'xml'; allowed: 'plain'"
+    ),
+    'missing archive': Bad(('--config.data.path=/nowhere/ml-100k.zip',), '/nowhere/ml-100k.zip'),
+    'stray argument': Bad(('steps=3',), "'steps=3'"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_sentence_and_status_2(case, tmp_path):
+    status, errors = main(
+        '--config=configs/demo.py', f'--workdir={tmp_path / "run"}', *BAD[case].arguments
+    )
+    assert status == 2
+    assert len(errors) == 1
+    assert BAD[case].named in errors[0]
+    left = [p.name for p in (tmp_path / 'run').rglob('*') if p.is_file()]
+    assert set(left) <= {'config.json', 'started.json'}
+
+
+@pytest.mark.slow
+def test_an_unwritable_workdir_and_a_missing_config_are_named(tmp_path):
+    (tmp_path / 'file').write_text('')
+    status, errors = main('--config=configs/demo.py', f'--workdir={tmp_path / "file" / "run"}')
+    assert status == 2
+    assert str(tmp_path / 'file' / 'run') in errors[0]
+    status, errors = main('--config=configs/nowhere.py', f'--workdir={tmp_path / "run"}')
+    assert status == 2
+    assert 'configs/nowhere.py' in errors[0]
+
+
+@pytest.mark.slow
+def test_bad_data_and_models_are_named(inputs, tmp_path):
+    config = small_config(inputs)
+    config.data.k_core = 1000
+    with pytest.raises(InputError, match=r'config\.data\.k_core=1000 leaves 0 users'):
+        pipeline.run(config, tmp_path / 'a')
+    page = tmp_path / 'ml-100k.zip'
+    page.write_text('<!DOCTYPE html><html>not found</html>')
+    config = small_config(inputs)
+    config.data.path = str(page)
+    with pytest.raises(InputError, match=str(page)):
+        pipeline.run(config, tmp_path / 'b')
+    config = small_config(inputs)
+    config.model.path = str(tmp_path / 'empty')
+    (tmp_path / 'empty').mkdir()
+    config.stages = ('data', 'finetune')
+    with pytest.raises(InputError, match=str(tmp_path / 'empty')):
+        pipeline.run(config, tmp_path / 'c')

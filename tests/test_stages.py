@@ -1,0 +1,124 @@
+"""Stages: what is finished, what a changed config means, what is refused."""
+
+import pytest
+
+from palr_jax.config import default_config
+from palr_jax.errors import InputError
+from palr_jax.stages import DEPENDS, STAGES, Ledger, config_part, flatten
+
+
+def finish(workdir, config, stages, overwrite=False, weights='w'):
+    """Runs empty stages, and returns those that were not finished before."""
+    ledger = Ledger(config, workdir, overwrite)
+    done = []
+    for stage in stages:
+        inputs = ledger.inputs(stage, weights if stage in ('finetune', 'ranking') else None)
+        if not ledger.complete(stage, inputs):
+            ledger.finish(stage, inputs, ledger.begin(stage, inputs))
+            done.append(stage)
+    return done
+
+
+def test_every_field_belongs_to_a_stage_or_to_none_that_matters():
+    fields = [field for stage in STAGES for field in config_part(default_config(), stage)]
+    assert set(flatten(default_config())) - set(fields) == {'stages'}
+
+
+@pytest.mark.parametrize('stages', [STAGES, ('data', 'retrieval', 'ranking', 'report')])
+def test_other_prompts_are_refused_whether_or_not_anything_was_tuned(tmp_path, stages):
+    finish(tmp_path, default_config(), stages)
+    config = default_config()
+    config.prompts.history = 5
+    first = stages[2]  # finetune, or ranking where there is none
+    with pytest.raises(InputError, match=f'prompts.history was 20 .* affects the stage {first} fi'):
+        Ledger(config, tmp_path, overwrite=False)
+
+
+def test_the_same_command_again_does_nothing(tmp_path):
+    assert finish(tmp_path, default_config(), STAGES) == list(STAGES)
+    assert finish(tmp_path, default_config(), STAGES) == []
+
+
+def test_a_changed_field_is_refused_with_the_first_stage_and_what_would_be_redone(tmp_path):
+    finish(tmp_path, default_config(), STAGES)
+    config = default_config()
+    config.retrieval.width = 128
+    with pytest.raises(InputError) as error:
+        Ledger(config, tmp_path, overwrite=False)
+    assert str(error.value) == (
+        f'{tmp_path}: config.retrieval.width was 64 there and is 128 now; this affects the stage '
+        'retrieval first, and --overwrite would redo retrieval, finetune, ranking, report.'
+    )
+    assert all((tmp_path / stage / 'stage.json').exists() for stage in STAGES)
+
+
+def test_overwrite_redoes_that_stage_and_the_later_ones_only(tmp_path):
+    finish(tmp_path, default_config(), STAGES)
+    (tmp_path / 'ranking' / 'scores').write_text('old')
+    (tmp_path / 'data' / 'kept').write_text('old')
+    config = default_config()
+    config.finetune.learning_rate = 1.0
+    assert finish(tmp_path, config, STAGES, overwrite=True) == ['finetune', 'ranking', 'report']
+    assert not (tmp_path / 'ranking' / 'scores').exists()
+    assert (tmp_path / 'data' / 'kept').exists()
+
+
+def test_overwrite_without_a_change_removes_nothing(tmp_path):
+    finish(tmp_path, default_config(), STAGES)
+    assert finish(tmp_path, default_config(), STAGES, overwrite=True) == []
+
+
+def test_an_interrupted_stage_is_not_continued_under_another_config(tmp_path):
+    ledger = Ledger(default_config(), tmp_path, overwrite=False)
+    ledger.begin('data', {})
+    config = default_config()
+    config.data.k_core = 3
+    with pytest.raises(InputError, match=r'data\.k_core was 5 there and is 3 now'):
+        Ledger(config, tmp_path, overwrite=False)
+    assert not Ledger(default_config(), tmp_path, overwrite=False).complete('data', {})
+
+
+def test_more_steps_continue_and_redo_only_what_reads_the_adapter(tmp_path):
+    finish(tmp_path, default_config(), STAGES)
+    config = default_config()
+    config.finetune.steps += 1
+    assert finish(tmp_path, config, STAGES) == ['finetune', 'ranking', 'report']
+    with pytest.raises(InputError, match=r'finetune\.steps was 201 there and is 200 now'):
+        Ledger(default_config(), tmp_path, overwrite=False)
+
+
+def test_stages_asked_for_do_not_matter(tmp_path):
+    config = default_config()
+    config.stages = ('data',)
+    assert finish(tmp_path, config, ['data']) == ['data']
+    assert finish(tmp_path, default_config(), ['data', 'retrieval']) == ['retrieval']
+
+
+def test_a_stage_without_its_input_is_refused(tmp_path):
+    ledger = Ledger(default_config(), tmp_path, overwrite=False)
+    with pytest.raises(InputError, match='ranking needs the stage data, which is not finished'):
+        ledger.inputs('ranking', 'w')
+
+
+def test_ranking_is_redone_once_there_is_an_adapter(tmp_path):
+    config = default_config()
+    finish(tmp_path, config, ['data', 'retrieval', 'ranking', 'report'])
+    assert finish(tmp_path, config, STAGES) == ['finetune', 'ranking', 'report']
+
+
+def test_other_weights_under_the_same_path_are_refused(tmp_path):
+    finish(tmp_path, default_config(), STAGES)
+    with pytest.raises(InputError, match=r'config\.model\.path: these are not the weights'):
+        Ledger(default_config(), tmp_path, overwrite=False).inputs('finetune', 'others')
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    finish(tmp_path, default_config(), ['data'])
+    path = tmp_path / 'data' / 'stage.json'
+    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(InputError, match='format is 2; this version reads 1'):
+        Ledger(default_config(), tmp_path, overwrite=False)
+
+
+def test_the_dependencies_name_stages_in_order():
+    assert tuple(DEPENDS) == ('data', 'retrieval', 'finetune', 'ranking', 'report')
