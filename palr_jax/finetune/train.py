@@ -48,19 +48,32 @@ class Program:
     dtype: Any
 
 
-def answer_log_likelihood(params: Params, rows: Rows, program: Program) -> jax.Array:
-    """[B, M] log-probability of every answer token; padding places hold a meaningless value."""
+def answer_log_likelihood(
+    params: Params, rows: Rows, program: Program, key: jax.Array | None = None
+) -> jax.Array:
+    """[B, M] log-probability of every answer token; padding places hold a meaningless value.
+
+    With a `key` the adapter's inputs have dropout, drawn from it.
+    """
     model = Llama(program.model, program.lora, program.dtype)
-    hidden = model.apply({'params': params}, rows.tokens, rows.positions, Causal(rows.segments))
+    hidden = model.apply(
+        {'params': params},
+        rows.tokens,
+        rows.positions,
+        Causal(rows.segments),
+        rngs=None if key is None else {'dropout': key},
+    )
     before = jnp.take_along_axis(hidden, rows.before[..., None], axis=1)
     B, M, D = before.shape
     flat = log_likelihood(before.reshape(B * M, D), rows.targets.reshape(-1), output_head(params))
     return flat.reshape(B, M)
 
 
-def loss(adapter: Params, frozen: Params, rows: Rows, program: Program) -> jax.Array:
+def loss(
+    adapter: Params, frozen: Params, rows: Rows, program: Program, key: jax.Array | None = None
+) -> jax.Array:
     """Mean negative log-likelihood of the batch's answer tokens, in nats; 0 if there are none."""
-    values = answer_log_likelihood(lora.join(adapter, frozen), rows, program)
+    values = answer_log_likelihood(lora.join(adapter, frozen), rows, program, key)
     return -jnp.sum(values * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1.0)
 
 
@@ -69,12 +82,16 @@ def train_step(
     state: optax.OptState,
     frozen: Params,
     rows: Rows,
+    key: jax.Array | None = None,
     *,
     program: Program,
     optimizer: optax.GradientTransformation,
 ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
-    """One optimiser step: (adapter, state, {'loss', 'gradient_norm'}). Only the adapter moves."""
-    value, gradient = jax.value_and_grad(loss)(adapter, frozen, rows, program)
+    """One optimiser step: (adapter, state, {'loss', 'gradient_norm'}). Only the adapter moves.
+
+    `key` is for the dropout; without one there is none.
+    """
+    value, gradient = jax.value_and_grad(loss)(adapter, frozen, rows, program, key)
     adapter, state = update(optimizer, gradient, state, adapter, frozen)
     return adapter, state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
 
@@ -95,7 +112,7 @@ def train(
       program: what to compile for.
       examples: the encoded examples.
       config: `config.finetune`.
-      seed: of the adapter's start and of the order of the examples.
+      seed: of the adapter's start, of the order of the examples and of the dropout.
       workdir: checkpoints go to `finetune/checkpoints` in it, the curves to `metrics.jsonl`.
 
     Returns:
@@ -115,6 +132,7 @@ def train(
         functools.partial(train_step, program=program, optimizer=optimizer), donate_argnums=(0, 1)
     )
     schedule = learning_rate(config)
+    key = jax.random.key(seed)
 
     folder = epath.Path(workdir) / 'finetune' / 'checkpoints'
     with checkpoints(folder, config.checkpoint_every) as manager:
@@ -134,7 +152,9 @@ def train(
             for step in range(start, config.steps):
                 began = time.monotonic()
                 batch = source[step]
-                adapter, state, metrics = step_fn(adapter, state, frozen, batch)
+                # A step's key follows from its number: a resumed run draws the same.
+                step_key = jax.random.fold_in(key, step)
+                adapter, state, metrics = step_fn(adapter, state, frozen, batch, step_key)
                 metrics = {name: float(value) for name, value in metrics.items()}
                 for name in ('loss', 'gradient_norm'):
                     # Before the checkpoint: a gradient of NaN has spoilt the adapter already.

@@ -1,7 +1,8 @@
 """Who attends to whom: plans that the layers share, each one function over queries, keys, values.
 
 A plan is made once a forward pass and handed to every layer. `Causal` serves training and plain
-scoring; `OnePass` serves ranking, where all candidates of a user attend to one prompt.
+scoring; `OnePass` serves ranking, where all candidates of a user attend to one prompt; `Cached`
+serves generation, where a new token attends to keys and values of earlier passes.
 
 The G = H / K query heads that share a key-value head are folded into the query axis: [G*T, E] by
 [E, T] is one plain matrix product a key-value head. XLA's CPU backend takes three times as long for
@@ -85,6 +86,42 @@ class OnePass:
         of_rows = from_prompt.reshape(B, K, R, G, S, E) + from_row.reshape(B, K, R, G, S, E)
         of_rows = (of_rows / total).astype(value.dtype).transpose(0, 2, 4, 1, 3, 5)
         return jnp.concatenate([of_prompt, of_rows.reshape(B, R * S, H, E)], axis=1)
+
+
+@flax.struct.dataclass
+class Cached:
+    """Each token attends to itself and all earlier tokens of its row, those of former passes too.
+
+    A layer keeps the key and value of the token at position p in slot p (`store`; the layers hold
+    the slots in the collection `cache`), and a query at p reads the slots 0 … p. So rows of
+    different lengths, padded at the right, need no further mask: the slots of their padding lie
+    behind every token of theirs, until new tokens overwrite them one by one.
+
+    Attributes:
+      positions: [B, T] int32 positions of the tokens of this pass, below `size`.
+      size: slots of a row.
+    """
+
+    positions: jax.Array
+    size: int = flax.struct.field(pytree_node=False)
+
+    def store(self, slots: jax.Array, new: jax.Array) -> jax.Array:
+        """Puts `new` [B, T, K, E] into `slots` [B, K, size, E] by position."""
+        rows = jnp.arange(len(new))[:, None]
+        return slots.at[rows, :, self.positions].set(new)
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """query [B, T, H, E], all slots of key and value [B, K, size, E] -> [B, T, H, E]."""
+        B, T, H, E = query.shape
+        K = key.shape[1]
+        G = H // K
+        query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4)
+        logits = _logits(query.reshape(B, K, G * T, E), key).reshape(B, K, G, T, self.size)
+        mask = jnp.arange(self.size) <= self.positions[:, None, None, :, None]
+        (weights,), total = _exponentials(jnp.where(mask, logits, MASKED))
+        mean = _weigh(weights.reshape(B, K, G * T, self.size), value)
+        mean = (mean.reshape(B, K, G, T, E) / total).astype(value.dtype)
+        return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
 def _causal(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:

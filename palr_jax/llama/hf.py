@@ -3,8 +3,10 @@
 No rows are permuted: Hugging Face stores q and k for rotation of halves, as this model rotates.
 """
 
+import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from palr_jax import storage
 from palr_jax.errors import InputError
 from palr_jax.llama.config import LlamaConfig
-from palr_jax.llama.weights import Row, TensorSource, tensor_names
+from palr_jax.llama.weights import DTYPES, Row, TensorSource, tensor_names
 
 TABLE = (
     Row('model.embed_tokens.weight', 'embed/embedding', False),
@@ -32,6 +34,8 @@ TABLE = (
 )
 FLOATS = ('F32', 'F16', 'BF16')
 EMBEDDING, HEAD = TABLE[0].name, TABLE[-1].name
+SHARD_BYTES = 5 * 10**9  # a file that holds more than one tensor is no larger
+_STORED = {'float32': 'F32', 'bfloat16': 'BF16'}
 # Written by old versions of transformers; the angles follow from the configuration.
 IGNORED_SUFFIX = 'rotary_emb.inv_freq'
 
@@ -136,6 +140,60 @@ def to_hf(params: Mapping[str, Any], config: LlamaConfig) -> Iterator[tuple[str,
             leaf = leaf[key]
         tensor = np.asarray(leaf[layer] if '{}' in row.name else leaf)
         yield name, tensor.T if row.transposed else tensor
+
+
+def write_weights(
+    folder: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes safetensors, one file or an index and shards, holding one tensor at a time.
+
+    The headers are known before the first tensor is, so nothing is collected: the format is the
+    header's length, the header as JSON, and the bytes of the tensors in its order.
+
+    Args:
+      folder: exists.
+      shapes: of every tensor by name, in the order in which they come.
+      tensors: (name, values); they are cast to `dtype`, which happens nowhere else.
+      dtype: float32 or bfloat16.
+      shard_bytes: of the tensors in a file, at most, unless one alone has more.
+    """
+    kind = DTYPES[dtype]
+    sizes = {name: math.prod(shape) * kind.itemsize for name, shape in shapes.items()}
+    shards: list[dict[str, int]] = [{}]
+    for name, size in sizes.items():
+        if shards[-1] and sum(shards[-1].values()) + size > shard_bytes:
+            shards.append({})
+        shards[-1][name] = size
+    files = [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ['model.safetensors']
+    coming = iter(tensors)
+    for file, shard in zip(files, shards):
+        with (folder / file).open('wb') as out:
+            out.write(_header(shard, shapes, dtype))
+            for expected, (name, tensor) in zip(shard, coming):
+                assert (name, tensor.shape) == (expected, shapes[name])
+                out.write(np.ascontiguousarray(tensor, kind).view(np.uint8).data)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        index = {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': weight_map}
+        storage.write_json(folder / 'model.safetensors.index.json', index)
+
+
+def _header(sizes: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    at = 0
+    for name, size in sizes.items():
+        entry = {'dtype': _STORED[dtype], 'shape': shapes[name], 'data_offsets': [at, at + size]}
+        header[name] = entry
+        at += size
+    text = json.dumps(header).encode()
+    text += b' ' * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    return len(text).to_bytes(8, 'little') + text
 
 
 def _weight_map(index: Path) -> dict[str, str]:

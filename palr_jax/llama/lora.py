@@ -30,19 +30,26 @@ class LoraSpec:
 
     Attributes:
       rank: r, columns of `lora_a`.
-      alpha: the adapter's output is multiplied by alpha / rank.
+      alpha: the adapter's output is multiplied by `scaling`, which follows from it.
       targets: the adapted projections, of q k v o gate up down.
+      rslora: scales by alpha / sqrt(r), which keeps the output's size when r grows
+        (Kalajdzievski, 2023), instead of alpha / r.
+      dropout: share of the adapter's inputs that a training step zeroes; the others are scaled up.
     """
 
     rank: int
     alpha: float
     targets: tuple[str, ...]
+    rslora: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self):
         if self.rank < 1:
             raise InputError(f'lora.rank is {self.rank}; allowed: 1 or more.')
         if not 0 < self.alpha < math.inf:
             raise InputError(f'lora.alpha is {self.alpha}; allowed: a number above 0.')
+        if not 0 <= self.dropout < 1:
+            raise InputError(f'lora.dropout is {self.dropout}; allowed: from 0 to below 1.')
         unknown = sorted(set(self.targets) - set(TARGETS))
         if unknown or not self.targets:
             raise InputError(
@@ -52,8 +59,8 @@ class LoraSpec:
 
     @property
     def scaling(self) -> float:
-        """What the adapter's output is multiplied by, here and in PEFT: alpha / rank."""
-        return self.alpha / self.rank
+        """What the adapter's output is multiplied by: in training, in `merge` and in PEFT."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def labels(params: Params) -> Params:
@@ -81,6 +88,15 @@ def join(adapter: Params, frozen: Params) -> Params:
     """Puts together what `split` took apart."""
     flat = traverse_util.flatten_dict(frozen) | traverse_util.flatten_dict(adapter)
     return traverse_util.unflatten_dict(flat)
+
+
+def merge(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, spec: LoraSpec) -> np.ndarray:
+    """kernel [in, out] + scaling * a [in, r] @ b [r, out], in float32 whatever the kernel has.
+
+    The caller casts the sum, once: a delta that is rounded before it is added is another delta.
+    """
+    delta = np.asarray(a, np.float32) @ np.asarray(b, np.float32)
+    return np.asarray(kernel, np.float32) + np.float32(spec.scaling) * delta
 
 
 def target_path(name: str) -> tuple[str, str, str]:

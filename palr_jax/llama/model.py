@@ -10,14 +10,15 @@ V vocabulary.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from palr_jax.llama.attention import Causal
+from palr_jax.llama import quantize
+from palr_jax.llama.attention import Cached, Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
 
@@ -68,7 +69,10 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
 
 class Projection(nn.Module):
-    """x @ kernel, plus scaling * (x @ lora_a) @ lora_b where the projection is adapted."""
+    """x @ kernel, plus scaling * (x @ lora_a) @ lora_b where the projection is adapted.
+
+    The adapter's input has dropout where the caller brings a `dropout` rng, as training does.
+    """
 
     features: int
     lora: LoraSpec | None
@@ -77,15 +81,19 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         fan_in = x.shape[-1]
-        init = nn.initializers.normal(fan_in**-0.5)
-        kernel = self.param('kernel', init, (fan_in, self.features), self.dtype)
-        y = x @ kernel
+        stored = self.get_variable('params', 'kernel')
+        if isinstance(stored, Mapping):
+            y = quantize.matmul(x, stored)
+        else:
+            init = nn.initializers.normal(fan_in**-0.5)
+            y = x @ self.param('kernel', init, (fan_in, self.features), self.dtype)
         if self.lora is None:
             return y
         # B starts at zero (the adapted model starts as the base model), A does not (else neither
         # would ever move). Both stay float32: small updates vanish in bfloat16.
         a = self.param('lora_a', ADAPTER_INIT, (fan_in, self.lora.rank))
         b = self.param('lora_b', nn.initializers.zeros, (self.lora.rank, self.features))
+        x = nn.Dropout(self.lora.dropout)(x, deterministic=not self.has_rng('dropout'))
         return y + self.lora.scaling * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
 
 
@@ -130,8 +138,18 @@ class Attend(nn.Module):
         query = project('q', c.heads * c.head_dim)(x).reshape(B, T, c.heads, c.head_dim)
         key = project('k', c.kv_heads * c.head_dim)(x).reshape(B, T, c.kv_heads, c.head_dim)
         value = project('v', c.kv_heads * c.head_dim)(x).reshape(B, T, c.kv_heads, c.head_dim)
-        out = attention(rotate(query, rotation), rotate(key, rotation), value)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        if isinstance(attention, Cached):
+            key, value = self._kept('key', key, attention), self._kept('value', value, attention)
+        out = attention(query, key, value)
         return project('o', D)(out.reshape(B, T, c.heads * c.head_dim))
+
+    def _kept(self, name: str, new: jax.Array, attention: Cached) -> jax.Array:
+        """[B, K, size, E] what this layer keeps, with `new` [B, T, K, E] in its slots."""
+        B, _, K, E = new.shape
+        slots = self.variable('cache', name, jnp.zeros, (B, K, attention.size, E), new.dtype)
+        slots.value = attention.store(slots.value, new)
+        return slots.value
 
 
 class Mlp(nn.Module):
@@ -168,7 +186,8 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
         """tokens and positions [B, T] int32 -> normed hidden states [B, T, D].
 
-        `attention` is a plan of `attention.py`: a pytree of arrays.
+        `attention` is a plan of `attention.py`: a pytree of arrays. Under the plan `Cached` the
+        collection `cache` goes in and out: `apply(…, mutable=['cache'])`.
         """
         c = self.config
         embed = nn.Embed(
@@ -179,8 +198,8 @@ class Llama(nn.Module):
         rotation = jnp.cos(angles), jnp.sin(angles)
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=KEEP_PROJECTIONS),
-            variable_axes={'params': 0},
-            split_rngs={'params': True},
+            variable_axes={'params': 0, 'cache': 0},
+            split_rngs={'params': True, 'dropout': True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
         )(c, self.lora, self.dtype, name='layers')

@@ -27,12 +27,14 @@ WEIGHTS, SETTINGS = 'adapter_model.safetensors', 'adapter_config.json'
 _MODULE = {name: 'self_attn' if name in ('q', 'k', 'v', 'o') else 'mlp' for name in TARGETS}
 _FLOATS = {'F32': np.float32, 'F16': np.float16, 'BF16': ml_dtypes.bfloat16}
 # Settings that are read below, and those that change nothing once the tensors are trained.
-_READ = {'peft_type', 'bias', 'init_lora_weights', 'r', 'lora_alpha', 'target_modules'}
+_READ = {
+    *('peft_type', 'bias', 'init_lora_weights', 'target_modules'),
+    *('r', 'lora_alpha', 'lora_dropout', 'use_rslora'),
+}
 _HARMLESS = {
     'auto_mapping',
     'base_model_name_or_path',
     'inference_mode',
-    'lora_dropout',
     'megatron_core',
     'peft_version',
     'qalora_group_size',
@@ -72,11 +74,11 @@ def save_adapter(folder: epath.PathLike, adapter: Params, spec: LoraSpec, base: 
             'base_model_name_or_path': base,
             'r': spec.rank,
             'lora_alpha': spec.alpha,
-            'lora_dropout': 0.0,
+            'lora_dropout': spec.dropout,
             'target_modules': [f'{name}_proj' for name in spec.targets],
             'bias': 'none',
             'fan_in_fan_out': False,
-            'use_rslora': False,
+            'use_rslora': spec.rslora,
             'use_dora': False,
             'inference_mode': True,
         },
@@ -116,14 +118,18 @@ def _spec(settings: Any, path: epath.Path) -> LoraSpec:
         refuse('r', 'a whole number')
     if type(alpha) not in (int, float):
         refuse('lora_alpha', 'a number')
+    rslora, dropout = settings.get('use_rslora') or False, settings.get('lora_dropout') or 0.0
+    if type(rslora) is not bool:
+        refuse('use_rslora', 'true, false')
+    if type(dropout) not in (int, float):
+        refuse('lora_dropout', 'a number')
     modules = settings.get('target_modules')
     known = [f'{name}_proj' for name in TARGETS]
     if not isinstance(modules, list) or not modules or not set(map(str, modules)) <= set(known):
         refuse('target_modules', f'a list of one or more of {" ".join(known)}')
     try:
-        return LoraSpec(
-            rank, float(alpha), tuple(name for name in TARGETS if f'{name}_proj' in modules)
-        )
+        targets = tuple(name for name in TARGETS if f'{name}_proj' in modules)
+        return LoraSpec(rank, float(alpha), targets, rslora, float(dropout))
     except InputError as error:
         raise InputError(f'{path}: {error}') from error
 

@@ -29,6 +29,10 @@ from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import Llama, log_likelihood, output_head
 
+# XLA's CPU backend multiplies in float32. Left to itself it moves the casts of the kernels out of
+# the scan over layers: a float32 copy of the whole model, three times the memory of a 7B one.
+HOISTING = 'while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion'
+CAST_IN_LAYER = {'xla_disable_hlo_passes': HOISTING}
 PROMPT_STEP = 16  # prompt lengths are rounded up to a multiple of this before shapes are chosen
 
 
@@ -115,7 +119,9 @@ def make_scorer(
     config: LlamaConfig, lora: LoraSpec | None, dtype: Any = jnp.float32
 ) -> Callable[[Any, Batch], jax.Array]:
     """The jitted program (params, batch) -> [B, C] sums; weights are arguments, not constants."""
-    return jax.jit(functools.partial(one_pass_scores, config=config, lora=lora, dtype=dtype))
+    program = functools.partial(one_pass_scores, config=config, lora=lora, dtype=dtype)
+    narrow = jnp.dtype(dtype) != jnp.float32 and jax.default_backend() == 'cpu'
+    return jax.jit(program, compiler_options=CAST_IN_LAYER if narrow else None)
 
 
 def score_queries(

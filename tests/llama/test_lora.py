@@ -1,8 +1,10 @@
 """Adapters: which leaves are theirs, where they start, what they add."""
 
+import dataclasses
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,18 +118,87 @@ def test_scaling_is_alpha_over_rank(rank, alpha, scaling):
     assert LoraSpec(rank, alpha, ('q',)).scaling == scaling
 
 
-def test_an_adapter_equals_its_merged_kernels(base, plain, adapted):
-    """L06: the forward pass adds alpha / rank * A B to every adapted kernel, nothing more."""
+@pytest.mark.parametrize(
+    ('rank', 'alpha', 'scaling'), [(16, 32.0, 8.0), (4, 8.0, 4.0), (64, 16.0, 2.0)]
+)
+def test_rslora_scales_by_alpha_over_the_root_of_the_rank(rank, alpha, scaling):
+    """L06: r = 16, alpha = 32 gives 8, where plain LoRA gives 2."""
+    assert LoraSpec(rank, alpha, ('q',), rslora=True).scaling == scaling
+
+
+@pytest.mark.parametrize(('rslora', 'factor'), [(False, 2.0), (True, 4.0)])
+def test_an_adapter_equals_its_merged_kernels(base, plain, rslora, factor):
+    """L06: forward pass and merge add the same multiple of A B to every adapted kernel."""
+    spec = dataclasses.replace(SPEC, rslora=rslora)
     adapter = trained()
     merged = jax.tree.map(np.array, base)
     for name in lora.TARGETS:
         part = 'attention' if name in 'qkvo' else 'mlp'
         a, b = (np.asarray(adapter['layers'][part][name][f'lora_{x}']) for x in 'ab')
-        merged['layers'][part][name]['kernel'] += (8.0 / 4) * np.einsum('nir,nro->nio', a, b)
-    out = adapted(lora.join(adapter, base), tokens=TOKENS)
+        kernels = merged['layers'][part][name]['kernel']
+        ours = [lora.merge(*parts, spec) for parts in zip(kernels, a, b)]
+        kernels += factor * np.einsum('nir,nro->nio', a, b)
+        np.testing.assert_allclose(ours, kernels, atol=1e-5)
+    both = jax.jit(functools.partial(apply_logits, config=CONFIG, lora=spec))
+    out = both(lora.join(adapter, base), tokens=TOKENS)
     expected = jax.jit(functools.partial(apply_logits, config=CONFIG))(merged, tokens=TOKENS)
     np.testing.assert_allclose(out, expected, atol=1e-4)
     assert np.abs(expected - plain).max() > 0.1
+
+
+def test_merging_into_bfloat16_rounds_once():
+    """X04: 1 + 2**-8 + 2**-8 is 1 + 2**-7, which bfloat16 holds; a first rounding would lose it.
+
+    The delta is the product of factors whose own bfloat16 forms would give another one.
+    """
+    kernel = np.array([[1.0 + 2**-8]], np.float32)
+    a, b = np.array([[1.0 + 2**-9]], np.float32), np.array([[2**-8 / (1.0 + 2**-9)]], np.float32)
+    merged = lora.merge(kernel, a, b, LoraSpec(1, 1.0, ('q',)))
+    assert merged.dtype == np.float32
+    assert merged.astype(jnp.bfloat16) == 1.0 + 2**-7
+    assert merged[0, 0] == pytest.approx(1.0 + 2**-7, abs=1e-7)
+    half = np.ones((1, 1), jnp.bfloat16)  # a base in bfloat16 is widened before the sum
+    assert lora.merge(half, a, 0.25 * b, LoraSpec(1, 1.0, ('q',))).item() > 1.0
+
+
+def test_dropout_zeroes_inputs_of_the_adapter_and_none_of_the_kernel():
+    """With A = B = 1 and alpha = r the output is the kernel's plus the dropped input itself."""
+    x = jnp.arange(1.0, 401.0).reshape(1, 400)
+    eye = jnp.eye(400)
+    params = {'params': {'kernel': -3 * eye, 'lora_a': eye, 'lora_b': eye}}
+    layer = Projection(400, LoraSpec(400, 400.0, ('q',), dropout=0.75), jnp.float32)
+    kept = np.asarray(layer.apply(params, x, rngs={'dropout': jax.random.key(0)}) + 3 * x)
+    zeros = kept == 0
+    np.testing.assert_allclose(kept[~zeros], 4 * x[~zeros], rtol=1e-6)  # 1 / (1 - 0.75)
+    assert 0.7 < zeros.mean() < 0.8  # 400 draws: 0.75 +- 0.022
+    np.testing.assert_array_equal(layer.apply(params, x), -2 * x)  # no rng: evaluation
+
+
+def test_each_projection_and_layer_drops_inputs_of_its_own(base, monkeypatch):
+    seen, call = [], nn.Dropout.__call__
+
+    def recorded(self, x, **options):
+        out = call(self, x, **options)
+        jax.debug.callback(lambda values: seen.append(np.asarray(values == 0)), out)
+        return out
+
+    monkeypatch.setattr(nn.Dropout, '__call__', recorded)
+    model = Llama(CONFIG, dataclasses.replace(SPEC, dropout=0.5))
+    variables = {'params': lora.join(trained(), base)}
+    inputs = TOKENS, np.arange(9)[None].repeat(2, 0), Causal(jnp.ones_like(TOKENS))
+    first, again, other = (
+        model.apply(variables, *inputs, rngs={'dropout': jax.random.key(seed)})
+        for seed in (3, 3, 4)
+    )
+    jax.effects_barrier()
+    np.testing.assert_array_equal(first, again)
+    assert np.abs(first - other).max() > 0.01
+    assert len(seen) == 3 * 2 * len(lora.TARGETS)
+    masks = [mask for mask in seen[: 2 * len(lora.TARGETS)] if mask.shape == (2, 9, 32)]
+    assert len(masks) == 2 * 6  # all but `down`, whose input is wider
+    for i, mask in enumerate(masks):
+        assert 0.4 < mask.mean() < 0.6
+        assert all(0.4 < (mask != earlier).mean() < 0.6 for earlier in masks[:i])
 
 
 def test_only_the_named_projections_are_adapted():
@@ -148,6 +219,8 @@ def test_only_the_named_projections_are_adapted():
         ((4, math.nan, ('q',)), 'lora.alpha is nan'),
         ((4, 8.0, ()), 'lora.targets holds nothing; allowed: one or more of q k v o'),
         ((4, 8.0, ('q', 'q_proj')), r"lora.targets holds \['q_proj'\]"),
+        ((4, 8.0, ('q',), False, 1.0), 'lora.dropout is 1.0; allowed: from 0 to below 1'),
+        ((4, 8.0, ('q',), False, -0.1), 'lora.dropout is -0.1'),
     ],
 )
 def test_bad_settings_are_refused(arguments, message):

@@ -1,5 +1,6 @@
 """The PEFT format, read and written; `peft` itself opens our files elsewhere."""
 
+import dataclasses
 import json
 
 import jax
@@ -127,7 +128,20 @@ def test_round_trip_keeps_every_bit(folder, adapter):
 
 def test_a_config_written_by_peft_is_read(folder):
     (folder / 'adapter_config.json').write_text(json.dumps(WRITTEN_BY_PEFT))
-    assert load_adapter(folder, CONFIG)[1] == SPEC
+    assert load_adapter(folder, CONFIG)[1] == dataclasses.replace(SPEC, dropout=0.05)
+
+
+def test_rslora_and_dropout_go_out_and_in(folder, adapter):
+    """L06: r = 16, alpha = 32 is exported with the flag that makes its factor 8."""
+    spec = LoraSpec(16, 32.0, ('q',), rslora=True, dropout=0.25)
+    save_adapter(folder, lora.init_adapter(CONFIG, spec, seed=0), spec, 'base')
+    settings = json.loads((folder / 'adapter_config.json').read_text())
+    assert (settings['r'], settings['lora_alpha']) == (16, 32.0)
+    assert settings['use_rslora'] is True
+    assert settings['lora_dropout'] == 0.25
+    loaded = load_adapter(folder, CONFIG)[1]
+    assert loaded == spec
+    assert loaded.scaling == 8.0
 
 
 def test_half_precision_factors_are_read_exactly(folder, adapter):
@@ -143,8 +157,10 @@ def test_half_precision_factors_are_read_exactly(folder, adapter):
 @pytest.mark.parametrize(
     ('field', 'value', 'message'),
     [
-        ('use_rslora', True, 'use_rslora is true; allowed: null, false or empty'),
-        ('use_dora', True, 'use_dora is true'),
+        ('use_rslora', 'yes', 'use_rslora is "yes"; allowed: true, false'),
+        ('lora_dropout', '0.1', 'lora_dropout is "0.1"; allowed: a number'),
+        ('lora_dropout', 1.5, 'lora.dropout is 1.5; allowed: from 0 to below 1'),
+        ('use_dora', True, 'use_dora is true; allowed: null, false or empty'),
         ('fan_in_fan_out', True, 'fan_in_fan_out is true'),
         ('lora_bias', True, 'lora_bias is true'),
         ('modules_to_save', ['lm_head'], r'modules_to_save is \["lm_head"\]'),
@@ -164,7 +180,7 @@ def test_half_precision_factors_are_read_exactly(folder, adapter):
     ],
 )
 def test_unsupported_settings_are_refused_by_name(folder, field, value, message):
-    """L06: rsLoRA, for one, would be another factor."""
+    """DoRA, for one, would be another function."""
     reconfigure(folder, **{field: value})
     with pytest.raises(InputError, match=rf'adapter_config\.json: {message}'):
         load_adapter(folder, CONFIG)

@@ -346,3 +346,19 @@ def test_prompt_lengths_are_rounded_to_few_values():
     queries = many_users(100)
     for _, shape in plan_batches(queries, 4, 32, 3, 512):
         assert shape.length % PROMPT_STEP == 0
+
+
+def test_bfloat16_weights_are_widened_one_layer_at_a_time():
+    """On CPUs, scratch memory does not grow with the number of layers."""
+
+    def scratch(layers):
+        config = tiny_config(vocab_size=97, width=128, hidden=512, layers=layers)
+        params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), random_params(config, 0)
+        )
+        query = Query(np.arange(16, dtype=np.int32), (np.arange(8, dtype=np.int32),))
+        ((_, shape),) = plan_batches([query], 1, 16, 1, 512)
+        program = make_scorer(config, None, jnp.bfloat16).lower(params, make_batch([query], shape))
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert scratch(12) < 1.1 * scratch(3)

