@@ -1,6 +1,7 @@
 # make demo    the whole system on MovieLens-100K with SmolLM2-135M, about ten minutes on two cores
 # make test    every test that needs nothing but Python
 # make test-more  the tests that install PyTorch (CPU) and libtpu, or start several processes
+# make test-beam  the tests of the Apache Beam path, in an environment of their own (.venv-beam)
 # make check   lint and the quick tests, for every commit
 # Each makes .venv if need be. Another interpreter: make PYTHON=python3.12 demo
 
@@ -9,9 +10,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 ELSEWHERE := not torch and not tpu_backend and not multiprocess and not browser
 CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
-INSTALL = $(BIN)/python -m pip install --quiet $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
+INSTALL = $(BIN)/python -m pip install -qq $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
 
-.PHONY: demo test test-more check format clean
+.PHONY: demo test test-more test-beam check format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m palr_jax.main --config=configs/demo.py --workdir=runs/demo
@@ -22,6 +23,12 @@ test: $(VENV)/installed
 test-more: $(VENV)/installed
 	$(INSTALL) -e '.[test,torch,tpu_backend]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not ($(ELSEWHERE))"
+
+# Without the constraints: apache-beam wants an older protobuf than everything else here.
+test-beam:
+	$(PYTHON) -m venv $(VENV)-beam
+	$(VENV)-beam/bin/python -m pip install -qq -e '.[test,beam]'
+	JAX_PLATFORMS=cpu $(VENV)-beam/bin/python -m pytest tests/data/test_beam.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -35,9 +42,9 @@ format: $(VENV)/installed
 # Versions are pinned where a constraints file for this Python is at hand.
 $(VENV)/installed: setup.py $(wildcard constraints/*.txt)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -qq --upgrade pip
 	$(INSTALL) -e '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-beam build *.egg-info .pytest_cache .ruff_cache

@@ -9,30 +9,31 @@ HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'palr_jax/__init__.py').read_text()).group(1)
 
 REQUIRED = [
-    'absl-py>=2.3',
-    'etils[epath]>=1.13',
+    'absl-py>=2.5',
+    'etils[epath]>=1.15',
     'flax>=0.12.8',
     'gguf>=0.19',
     'grain>=0.2.18',
-    'importlib_resources>=6.5',  # tensorflow-datasets reads it where there is no TensorFlow
+    'huggingface_hub>=2.4',
+    'importlib_resources>=7.1',  # tensorflow-datasets reads it where there is no TensorFlow
     'jax>=0.10.2',
-    'matplotlib>=3.10',
+    'matplotlib>=3.11',
     'ml-collections>=1.1',
-    'ml_dtypes>=0.5',
-    'numpy>=2.2',
+    'ml_dtypes>=0.6',
+    'numpy>=2.4',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
-    'platformdirs>=4.3',
-    'pyarrow>=20.0',  # tables of the user's own
+    'platformdirs>=4.14',
+    'pyarrow>=25.0',  # tables of the user's own
     'safetensors>=0.8',
     # ScaNN has wheels for Linux on x86-64 alone; exact search serves elsewhere.
     'scann>=1.4.2; sys_platform == "linux" and platform_machine == "x86_64"',
-    'scipy>=1.15',
+    'scipy>=1.17',
     'tensorboardX>=2.6',
     'tensorflow-datasets>=4.9.10',
-    'tokenizers>=0.22',
-    'tqdm>=4.67',
-    'transformers>=5.0',
+    'tokenizers>=0.23',
+    'tqdm>=4.70',
+    'transformers>=5.24',
 ]
 
 EXTRAS = {
@@ -41,8 +42,8 @@ EXTRAS = {
     'cuda': ['jax[cuda13]>=0.10.2'],
     'gcs': ['gcsfs'],  # gs:// paths without TensorFlow
     'sentencepiece': ['sentencepiece', 'protobuf'],  # folders with no tokenizer.json
-    'test': ['pytest>=9.0', 'pytest-xdist>=3.8', 'ruff>=0.14'],
-    'torch': ['torch==2.13.0'],  # the reference of the parity tests, CPU build
+    'test': ['pytest>=9.2', 'pytest-xdist>=3.8', 'ruff>=0.17'],
+    'torch': ['torch==2.13.0', 'peft>=0.18'],  # the references of the parity tests, CPU build
     'tpu_backend': ['libtpu'],  # compiles for TPUs on a machine without one
 }
 

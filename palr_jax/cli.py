@@ -1,4 +1,4 @@
-"""What the entry points share: bad input ends in one sentence and status 2, not in a traceback."""
+"""What the entry points share: bad input and Ctrl-C end in one sentence, not in a traceback."""
 
 import logging as python_logging
 import os
@@ -11,6 +11,7 @@ from palr_jax.config import check_name
 from palr_jax.errors import InputError
 
 BAD_INPUT = 2  # exit status
+INTERRUPTED = 128 + 2  # what shells expect after Ctrl-C, signal 2
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -58,6 +59,9 @@ def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
         main(argv)
     except InputError as error:
         _fail(error)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def _fail(error: Exception) -> None:

@@ -30,7 +30,7 @@ FORMAT = 1  # of stage.json and of what the stages write
 DEPENDS = {
     'data': ('data',),
     'retrieval': ('seed', 'retrieval'),
-    'finetune': ('model', 'lora', 'prompts', 'tasks', 'finetune'),
+    'finetune': ('seed', 'model', 'lora', 'prompts', 'tasks', 'finetune'),
     # Prompts and model once more: without fine-tuning no other stage notes them.
     'ranking': ('model', 'prompts', 'ranking'),
     'report': ('evaluation',),
@@ -119,6 +119,12 @@ class Ledger:
         self._write(stage, 'started.json', inputs)
         (self.folder(stage) / 'stage.json').unlink(missing_ok=True)
         return time.monotonic()
+
+    def abandon(self, stage: str) -> None:
+        """Forgets a stage that ended before it wrote anything, so that the config may change."""
+        folder = self.folder(stage)
+        if [path.name for path in folder.iterdir()] == ['started.json']:
+            _remove(folder)
 
     def finish(self, stage: str, inputs: Mapping[str, str], began: float) -> None:
         """Notes, last of all, that the stage is complete."""

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import runpy
 
 import pytest
 
@@ -11,6 +12,7 @@ from palr_jax.errors import InputError
 from palr_jax.stages import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py') if p.name != '__init__.py')
 FIELDS = sorted(flatten(default_config()))
 
 
@@ -29,6 +31,18 @@ def changed(field, value):
 
 def test_the_defaults_are_allowed():
     validate(default_config())
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_allowed_and_says_how_to_run_it(path):
+    name = path.relative_to(ROOT).as_posix()
+    module = runpy.run_path(str(path))
+    validate(module['get_config']())
+    assert re.search(
+        rf'^Command: python -m palr_jax\.main --config={re.escape(name)}.* --workdir=runs/\w+',
+        module['__doc__'],
+        re.MULTILINE,
+    )
 
 
 @pytest.mark.parametrize('field', FIELDS)
@@ -71,6 +85,11 @@ def test_a_misspelt_field_gets_the_nearest_name():
 def test_more_candidates_than_are_retrieved_are_refused():
     with pytest.raises(InputError, match=r'at most config\.retrieval\.candidates, which is 50'):
         validate(changed('ranking.candidates', 51))
+
+
+def test_candidates_must_leave_room_for_negatives():
+    with pytest.raises(InputError, match=r'config\.tasks\.candidates is 10; allowed: more than'):
+        validate(changed('tasks.candidates', 10))
 
 
 def test_a_prompt_without_the_user_is_refused():

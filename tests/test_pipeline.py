@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from palr_jax.config import default_config, restore
 from palr_jax.data import read
 from palr_jax.errors import InputError
 from palr_jax.recommend import find_items, recommend
+from palr_jax.stages import flatten
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
 
@@ -279,8 +281,8 @@ def test_bad_input_is_one_sentence_and_status_2(case, tmp_path):
     assert status == 2
     assert len(errors) == 1
     assert BAD[case].named in errors[0]
-    left = [p.name for p in (tmp_path / 'run').rglob('*') if p.is_file()]
-    assert set(left) <= {'config.json', 'started.json'}
+    left = [p.name for p in (tmp_path / 'run').rglob('*')]
+    assert set(left) <= {'config.json'}
 
 
 @pytest.mark.slow
@@ -306,9 +308,57 @@ def test_bad_data_and_models_are_named(inputs, tmp_path):
     config.data.path = str(page)
     with pytest.raises(InputError, match=str(page)):
         pipeline.run(config, tmp_path / 'b')
+
+
+@pytest.mark.parametrize(
+    ('field', 'value'), [('model.path', 'empty'), ('prompts.template', 'nowhere')]
+)
+def test_a_wrong_model_or_template_is_named_before_anything_is_trained(
+    inputs, tmp_path, field, value
+):
     config = small_config(inputs)
-    config.model.path = str(tmp_path / 'empty')
     (tmp_path / 'empty').mkdir()
-    config.stages = ('data', 'finetune')
-    with pytest.raises(InputError, match=str(tmp_path / 'empty')):
-        pipeline.run(config, tmp_path / 'c')
+    config.update_from_flattened_dict({field: str(tmp_path / value)})
+    with pytest.raises(InputError, match=str(tmp_path / value)):
+        pipeline.run(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'retrieval').exists()
+
+
+def test_after_bad_input_the_corrected_command_needs_no_overwrite(inputs, tmp_path):
+    config = small_config(inputs)
+    config.stages = ('data',)
+    config.data.path = str(tmp_path / 'nowhere')
+    with pytest.raises(InputError, match='nowhere does not exist'):
+        pipeline.run(config, tmp_path / 'run')
+    config.data.path = small_config(inputs).data.path
+    pipeline.run(config, tmp_path / 'run')
+    assert read(tmp_path / 'run' / 'data').record['users'] == 40
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_without_a_traceback_and_the_same_command_continues(inputs, tmp_path):
+    config = small_config(inputs)
+    config.retrieval.epochs = config.retrieval.patience = 60
+    path = tmp_path / 'small.py'
+    path.write_text(
+        'from palr_jax.config import restore\n'
+        f'def get_config(): return restore({flatten(config)!r})\n'
+    )
+    program = (  # Ctrl-C is ignored where the tests run in the background
+        'import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
+        'runpy.run_module("palr_jax.main", run_name="__main__")'
+    )
+    command = [sys.executable, '-c', program, f'--config={path}']
+    command += [f'--workdir={tmp_path / "run"}', "--config.stages=('data', 'retrieval')"]
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith('SASRec: epoch 6,'):  # after the checkpoint of epoch 4
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 130
+    assert lines[-1] == 'interrupted\n'
+    assert not any('Traceback' in line for line in lines)
+    assert not (tmp_path / 'run' / 'retrieval' / 'stage.json').exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 'SASRec: continues after epoch' in done.stderr

@@ -34,6 +34,27 @@ def test_other_prompts_are_refused_whether_or_not_anything_was_tuned(tmp_path, s
         Ledger(config, tmp_path, overwrite=False)
 
 
+@pytest.mark.parametrize('stage', ['retrieval', 'finetune'])
+def test_another_seed_is_refused_wherever_a_stage_has_drawn_from_it(tmp_path, stage):
+    finish(tmp_path, default_config(), ['data', stage])
+    config = default_config()
+    config.seed = 1
+    with pytest.raises(InputError, match=f'seed was 0 there .* affects the stage {stage} first'):
+        Ledger(config, tmp_path, overwrite=False)
+
+
+def test_a_stage_that_wrote_nothing_binds_nothing(tmp_path):
+    config = default_config()
+    ledger = Ledger(config, tmp_path, overwrite=False)
+    ledger.begin('data', {})
+    ledger.abandon('data')
+    assert not list(tmp_path.iterdir())
+    ledger.begin('data', {})
+    (tmp_path / 'data' / 'half').write_text('')
+    ledger.abandon('data')
+    assert sorted(p.name for p in (tmp_path / 'data').iterdir()) == ['half', 'started.json']
+
+
 def test_the_same_command_again_does_nothing(tmp_path):
     assert finish(tmp_path, default_config(), STAGES) == list(STAGES)
     assert finish(tmp_path, default_config(), STAGES) == []

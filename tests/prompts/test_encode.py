@@ -127,6 +127,7 @@ def test_p03_no_blank_piece_in_front_of_a_title():
     prompt = encoder.prompt('recommend', [1, 2], ('Drama',))
     line_breaks = np.flatnonzero(prompt.tokens == tokenizer.id_of('<0x0A>'))
     assert blank not in prompt.tokens[line_breaks[line_breaks + 1 < len(prompt.tokens)] + 1]
+    assert ' \n' not in tokenizer.decode(prompt.tokens)  # nor in front of the wording behind a slot
 
 
 def test_p03_a_title_has_the_same_tokens_everywhere(tokenizer):
