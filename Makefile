@@ -1,4 +1,4 @@
-# make demo    the whole system on MovieLens-100K with SmolLM2-135M, about ten minutes on two cores
+# make demo    the whole system on MovieLens-100K with SmolLM2-135M, under ten minutes on two cores
 # make test    every test that needs nothing but Python
 # make test-more  the tests that install PyTorch (CPU) and libtpu, or start several processes
 # make test-beam  the tests of the Apache Beam path, in an environment of their own (.venv-beam)
