@@ -1,6 +1,6 @@
 """A random LLaMA-7B-shaped checkpoint: written to disk, loaded, one user ranked, peak memory told.
 
-    python benchmarks/rank_7b.py --folder=/tmp/llama7b [--layers=32] [--dtype=bfloat16] [--keep]
+    python benchmarks/rank_7b.py --folder=llama7b [--layers=32] [--dtype=bfloat16] [--keep]
 
 The 13.5 GB of bfloat16 safetensors are removed afterwards. Memory is what the process itself holds
 (anonymous pages, sampled twenty times a second); the pages of the mapped file, which the system may

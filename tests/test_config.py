@@ -30,7 +30,7 @@ def changed(field, value):
 
 
 def test_the_defaults_are_allowed():
-    validate(default_config())
+    assert validate(default_config()) is None
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
