@@ -30,9 +30,11 @@ test-beam:
 	$(VENV)-beam/bin/python -m pip install -qq -e '.[test,beam]'
 	JAX_PLATFORMS=cpu $(VENV)-beam/bin/python -m pytest tests/data/test_beam.py
 
+# Compiling is most of what the quick tests do, so here they do without XLA's optimisations.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE) and not slow and not real_data"
 
 format: $(VENV)/installed

@@ -186,6 +186,7 @@ def test_bad_requests(inputs, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_the_command(inputs, tmp_path):
     folder, expected = inputs
     command = [sys.executable, '-m', 'palr_jax.convert', f'--model={folder / "base"}']

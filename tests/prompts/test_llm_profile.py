@@ -99,6 +99,7 @@ def test_p03_keywords_end_their_line_and_the_answer_ends_with_eos():
     assert len({tuple(a[: len(answers[0])].tolist()) for a in answers}) == 3
 
 
+@pytest.mark.slow
 def test_the_profile_is_the_best_of_naive_scores():
     """Every keyword behind its whole prompt, in a row of its own; the second behind the first."""
     tiny = tiny_config(vocab_size=TOKENIZER.size, max_positions=1024)

@@ -71,6 +71,7 @@ def test_the_cache_changes_no_token(changes, spec):
     assert len({tuple(answer) for answer in expected}) == 5
 
 
+@pytest.mark.slow
 def test_batch_mates_change_no_token():
     """All together, or in pairs of similar length, and in any order."""
     config, params, prompts = draw({})
@@ -94,6 +95,7 @@ def test_eos_ends_a_row_and_no_other():
             assert answer.tolist() == full[:stop]
 
 
+@pytest.mark.slow
 def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
     """A batch whose rows end at once costs one pass, not `most`."""
     config, params, prompts = draw({})

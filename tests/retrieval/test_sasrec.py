@@ -110,6 +110,7 @@ def test_s02_padding_is_never_attended_to(params):
     assert not states(changed, ids)[0, :3].any()
 
 
+@pytest.mark.slow
 def test_s03_a_row_of_padding_is_finite_and_disturbs_no_other(params):
     both, alone = states(params, [[0, 0, 0, 0], [0, 1, 2, 3]]), states(params, [[0, 1, 2, 3]])
     assert not both[0].any()
