@@ -2,13 +2,10 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from absl import logging
 from tqdm import tqdm
 
-T = TypeVar('T')
 LOG_SECONDS = 15.0  # between two log lines where there is no terminal
 
 
@@ -55,11 +52,3 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def track(items: Iterable[T], name: str, total: int, unit: str) -> Iterator[T]:
-    """Yields from `items`, showing progress; one unit an item."""
-    with Progress(name, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.update()

@@ -4,7 +4,7 @@ import pytest
 from absl import logging
 
 from palr_jax import progress
-from palr_jax.progress import Progress, track
+from palr_jax.progress import Progress
 
 
 @pytest.fixture
@@ -34,9 +34,3 @@ def test_work_of_an_earlier_session_does_not_count_in_the_rate(clock, caplog):
         clock[0] += 30.0
         shown.update()
     assert lines(caplog) == ['finetune: 11 of 20 steps, 2.0 steps/min, 04:30 left']
-
-
-def test_track_yields_everything(caplog):
-    with caplog.at_level(logging.INFO):
-        assert list(track('abc', 'letters', 3, 'letters')) == ['a', 'b', 'c']
-    assert lines(caplog)[-1].startswith('letters: 3 of 3 letters')

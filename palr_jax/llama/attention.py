@@ -5,8 +5,8 @@ scoring; `OnePass` serves ranking, where all candidates of a user attend to one 
 serves generation, where a new token attends to keys and values of earlier passes.
 
 The G = H / K query heads that share a key-value head are folded into the query axis: [G*T, E] by
-[E, T] is one plain matrix product a key-value head. XLA's CPU backend takes three times as long for
-the same product with a group axis of its own. Logits and softmax are float32.
+[E, T] is one plain matrix product a key-value head. XLA's CPU backend is slower at the same
+product with a group axis of its own. Logits and softmax are float32.
 
 Axis letters: B batch, T tokens, L prompt length, R rows, S row length, H heads, K key-value heads,
 G query heads a key-value head, E head dimension.
