@@ -16,8 +16,6 @@ from flax import traverse_util
 
 from palr_jax import storage
 from palr_jax.errors import InputError
-from palr_jax.retrieval.candidates import retrieve
-from palr_jax.retrieval.index import build_index
 from palr_jax.retrieval.sasrec import Params, SASRec, SasrecConfig, init_params
 
 FORMAT = 1
@@ -44,15 +42,6 @@ class TrainedRetriever:
     def item_vectors(self) -> np.ndarray:
         """[I, D]; row 0 is item 1. SASRec's output table is its input table."""
         return self.params['items']['embedding']
-
-    def candidates(
-        self, history: np.ndarray, k: int, exclude: bool = True
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """One user's best items (at most k int32 ids, best first) and their scores, exactly."""
-        index = build_index(self.item_vectors, 'exact')
-        found = retrieve(index, user_vectors(self, [history]), [history], k, exclude)
-        filled = found.items[0] > 0
-        return found.items[0][filled], found.scores[0][filled]
 
 
 @functools.partial(jax.jit, static_argnames='config')

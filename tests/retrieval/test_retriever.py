@@ -6,7 +6,14 @@ import pytest
 
 from palr_jax import storage
 from palr_jax.errors import InputError
-from palr_jax.retrieval import TrainedRetriever, load, save, user_vectors
+from palr_jax.retrieval import (
+    TrainedRetriever,
+    build_index,
+    load,
+    retrieve,
+    save,
+    user_vectors,
+)
 from palr_jax.retrieval import retriever as retriever_module
 from palr_jax.retrieval.sasrec import SASRec, SasrecConfig, init_params
 
@@ -66,13 +73,21 @@ def test_few_programs_are_compiled(retriever, monkeypatch):
 
 
 def test_candidates_of_one_user(retriever):
-    items, scores = retriever.candidates(np.array([4, 9, 2]), 5)
+    history = np.array([4, 9, 2])
+    index = build_index(retriever.item_vectors, 'exact')
+
+    def candidates(k, exclude=True):
+        found = retrieve(index, user_vectors(retriever, [history]), [history], k, exclude)
+        filled = found.items[0] > 0
+        return found.items[0][filled], found.scores[0][filled]
+
+    items, scores = candidates(5)
     every = retriever.item_vectors @ user_vectors(retriever, [[4, 9, 2]])[0]
     every[[3, 8, 1]] = -np.inf
     assert items.tolist() == (np.argsort(-every)[:5] + 1).tolist()
     np.testing.assert_allclose(scores, np.sort(every)[::-1][:5], rtol=1e-5)
-    assert len(retriever.candidates(np.array([4, 9, 2]), 50)[0]) == 27
-    assert len(retriever.candidates(np.array([4, 9, 2]), 50, exclude=False)[0]) == 30
+    assert len(candidates(50)[0]) == 27
+    assert len(candidates(50, exclude=False)[0]) == 30
 
 
 def test_read_as_written(retriever, tmp_path):
