@@ -30,7 +30,6 @@ from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.train import Program, answer_losses, train
 from palr_jax.llama import lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
-from palr_jax.llama.quantize import quantizing
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.llm_profile import llm_profiles
 from palr_jax.prompts.profile import count_profile
@@ -120,7 +119,7 @@ class Project:
         """The base model's parameters."""
         model = self.config.model
         logging.info('loading the weights of %s', model.path)
-        return self.checkpoint.params(model.dtype, quantizing(model.quantize))
+        return self.checkpoint.params(model.dtype, model.quantize)
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -224,14 +223,15 @@ def retrieve_candidates(project: Project) -> None:
     retrieval.save(trained, folder)
     index = retrieval.build_index(trained.item_vectors, config.index)
     retrieval.save_index(index, folder, retrieval.hash_items(catalogue.raw_ids))
-    popular = retrieval.build_index(retrieval.item_counts(split, catalogue.items)[:, None], 'exact')
+    popularity = retrieval.fit_popularity(split, catalogue.items)
+    popular = retrieval.build_index(popularity.item_vectors, 'exact')
 
     for part in ('valid', 'test'):
         users = split.users(part)
         histories = [split.history(user, part) for user in users]
         systems = {
-            'popularity': (popular, retrieval.popularity_queries(len(users))),
-            'retriever': (index, retrieval.user_vectors(trained, histories)),
+            'popularity': (popular, popularity.user_vectors(histories)),
+            'retriever': (index, trained.user_vectors(histories)),
         }
         for system, (searched, queries) in systems.items():
             exclude = config.exclude_history
@@ -345,12 +345,12 @@ def rank_users(project: Project) -> None:
     Both score the test users; the validation users, on whom the fusion weight is chosen, are scored
     by the one that is fused: the tuned model, or the base where nothing was tuned.
     """
-    systems = [('llm_zero_shot', project.base, None, '')]
+    tuned = []
     if project.adapter_folder.exists():
-        tuned, spec = project.adapted()
         weights = project.adapter_folder / 'adapter_model.safetensors'
         identity = hashlib.sha256(weights.read_bytes()).hexdigest()
-        systems.append(('llm', tuned, spec, identity))
+        tuned = [('llm', *project.adapted(), identity)]  # before the base is read: it may not fit
+    systems = [('llm_zero_shot', project.base, None, ''), *tuned]
     queries = {part: make_queries(project, part) for part in ('valid', 'test')}
     for system, params, spec, identity in systems:
         scorer = make_scorer(project.checkpoint.config, spec, jnp.dtype(project.config.model.dtype))

@@ -5,6 +5,12 @@ from pathlib import Path
 
 import pytest
 
+# Eight simulated devices for the tests of sharding, set before anything starts JAX's backend; what
+# does not ask for them runs on the first one alone.
+os.environ['XLA_FLAGS'] = (
+    f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
+)
+
 
 @pytest.fixture(scope='session')
 def real_data() -> Path:

@@ -6,10 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import gguf
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
+from safetensors.numpy import load_file
 
 from palr_jax.convert import convert, merged
 from palr_jax.errors import InputError
@@ -109,21 +112,29 @@ def test_the_sum_is_rounded_once(inputs, tmp_path):
     factors = draw_adapter(tmp_path / 'again')['layers']['mlp']['down']
     a, b = (np.asarray(factors[name], np.float64) for name in ('lora_a', 'lora_b'))
     exact = kernel.astype(ml_dtypes.bfloat16).astype(np.float64) + 8.0 / 2.0 * (a @ b)
+    # The tolerance: half a unit in the last of 8 bits, of each weight.
     found = np.asarray(load_model(tmp_path / 'merged').params['layers']['mlp']['down']['kernel'])
     half = ml_dtypes.bfloat16
+    np.testing.assert_allclose(found, exact, rtol=2**-8, atol=1e-6)
     assert np.mean(found == exact.astype(half)) > 0.999  # float32 itself rounds, rarely to a tie
     twice = kernel.astype(half) + (4 * (a @ b)).astype(half)
     assert np.mean(found == twice) < 0.9
 
 
-def test_a_tied_head_stays_tied(tmp_path):
-    config = dataclasses.replace(CONFIG, tied_head=True)
-    write_base(tmp_path / 'base', config)
+@pytest.mark.parametrize('source', ['hf', 'x.gguf'])
+def test_m04_a_tied_head_stays_tied_and_has_no_second_copy(tmp_path, source):
+    config = dataclasses.replace(CONFIG, tied_head=True, norm_eps=2**-17)  # float32 holds it
+    write_base(tmp_path / 'hf', config)
+    tokenizer = tiny_tokenizer(['Heat (1995)'])
+    write_gguf_file(tmp_path / 'x.gguf', config, random_params(config, 7), tokenizer)
     draw_adapter(tmp_path / 'adapter', config=config)
-    convert(tmp_path / 'base', tmp_path / 'out', adapter=tmp_path / 'adapter')
-    loaded = load_model(tmp_path / 'out')
-    assert loaded.config == config
-    assert 'head' not in loaded.params
+    convert(tmp_path / source, tmp_path / 'out', adapter=tmp_path / 'adapter')
+    names = set(load_file(tmp_path / 'out' / 'model.safetensors'))
+    assert 'model.embed_tokens.weight' in names
+    assert 'lm_head.weight' not in names
+    settings = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert settings['tie_word_embeddings'] is True
+    assert load_model(tmp_path / 'out').config == config
 
 
 def test_one_tensor_is_read_at_a_time(inputs):
@@ -152,6 +163,28 @@ def test_what_the_base_brings_along_is_kept(inputs, tmp_path):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['a_note'] == 'ours'
     assert 'dtype' not in config
+
+
+def test_the_chat_template_of_a_gguf_file_is_carried(tmp_path):
+    """What llama.cpp's own tool put into the file is what transformers finds in the folder."""
+    from transformers import AutoTokenizer
+
+    tokenizer = tiny_tokenizer(['Heat (1995)'])
+    write_gguf_file(tmp_path / 'plain.gguf', CONFIG, random_params(CONFIG, 7), tokenizer)
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim }}"
+        '<|im_end|>\n{% endfor %}{# « \U0001f3ac » #}'
+    )
+    details = MetadataDetails(gguf.GGUFValueType.STRING, template)
+    copy_with_new_metadata(
+        gguf.GGUFReader(tmp_path / 'plain.gguf'),
+        gguf.GGUFWriter(tmp_path / 'chat.gguf', 'llama'),
+        {gguf.Keys.Tokenizer.CHAT_TEMPLATE: details},
+        [],
+    )
+    for source, expected in (('chat', template), ('plain', None)):
+        convert(tmp_path / f'{source}.gguf', tmp_path / source)
+        assert AutoTokenizer.from_pretrained(tmp_path / source).chat_template == expected
 
 
 def test_an_adapter_is_not_merged_twice(inputs, tmp_path):
@@ -184,6 +217,31 @@ def test_bad_requests(inputs, tmp_path):
     with pytest.raises(InputError, match='allowed for this base and rank'):
         convert(folder / 'base', tmp_path / 'new', adapter=tmp_path / 'adapter')
     assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'width': 64}, r'q_proj\.lora_A\.weight has shape .* allowed for this base and rank: '),
+        ({'layers': 3}, r'layers\.2\.mlp\.down_proj\.lora_A\.weight has no place in this base'),
+        ({'layers': 1}, r'layers\.1\.self_attn\.q_proj\.lora_A\.weight is missing'),
+        (None, r'target_modules is \["c_attn"\]; allowed: a list of one or more of q_proj k_proj'),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_a_weight_is_read(
+    tmp_path, changes, message
+):
+    """Of another base, or with targets that match nothing; the first weight read would be NaN."""
+    params = random_params(CONFIG, 7)
+    params['embed']['embedding'][:] = np.nan
+    write_hf_folder(tmp_path / 'base', CONFIG, params, tiny_tokenizer(['Heat (1995)']))
+    draw_adapter(tmp_path / 'adapter', config=dataclasses.replace(CONFIG, **changes or {}))
+    if changes is None:
+        path = tmp_path / 'adapter' / 'adapter_config.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | {'target_modules': ['c_attn']}))
+    with pytest.raises(InputError, match=message):
+        convert(tmp_path / 'base', tmp_path / 'out', adapter=tmp_path / 'adapter')
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.slow

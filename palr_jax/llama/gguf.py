@@ -23,7 +23,7 @@ from palr_jax.llama.config import (
     number,
     rope_scaling,
 )
-from palr_jax.llama.weights import Row, TensorSource
+from palr_jax.llama.weights import Index, Row, TensorSource
 
 TABLE = (
     Row('token_embd.weight', 'embed/embedding', False),
@@ -109,15 +109,15 @@ class File:
         }
         self.config = self._config()
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, index: Index = (slice(None),)) -> np.ndarray:
         """One tensor, dequantised, with the rows of q and k in the order of Hugging Face."""
         tensor = self._tensors[name]
         values = dequantize(tensor.data, tensor.tensor_type)
         if name.endswith('attn_q.weight'):
-            return deinterleave(values, self.config.heads)
+            values = deinterleave(values, self.config.heads)
         if name.endswith('attn_k.weight'):
-            return deinterleave(values, self.config.kv_heads)
-        return values
+            values = deinterleave(values, self.config.kv_heads)
+        return values[index]
 
     def source(self) -> TensorSource:
         return TensorSource(str(self.path), self.shapes, self.read)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from palr_jax import storage
 from palr_jax.errors import InputError
 from palr_jax.llama.config import LlamaConfig
-from palr_jax.llama.weights import DTYPES, Row, TensorSource, tensor_names
+from palr_jax.llama.weights import DTYPES, Index, Row, TensorSource, tensor_names
 
 TABLE = (
     Row('model.embed_tokens.weight', 'embed/embedding', False),
@@ -74,7 +74,7 @@ class Folder:
         else:
             raise InputError(f'{self.path}: {_without_weights(self.path)}')
 
-        self._handles = {}
+        self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for file in self.files:
@@ -94,7 +94,7 @@ class Folder:
                         f'{file}: {name} is stored as {header.get_dtype()}; allowed: '
                         f'{", ".join(FLOATS)}.'
                     )
-                self._handles[name] = handle
+                self._file_of[name] = file
                 self.shapes[name] = tuple(header.get_shape())
                 self.dtypes[name] = header.get_dtype()
         lost = sorted(set(weight_map or ()) - set(self.shapes))
@@ -102,15 +102,21 @@ class Folder:
         if lost:
             raise InputError(f'{index}: names {lost[0]}, which {weight_map[lost[0]]} lacks.')
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored type (bfloat16 as that of ml_dtypes)."""
-        return self._handles[name].get_tensor(name)
+    def read(self, name: str, index: Index = (slice(None),)) -> np.ndarray:
+        """One tensor, or a part of it, in its stored type (bfloat16 as that of ml_dtypes).
+
+        The file is mapped for as long as this takes: the pages of a mapping that stays would count
+        as this process's memory.
+        """
+        with _opened(self._file_of[name]) as handle:
+            return handle.get_slice(name)[index]
 
     def source(self, config: LlamaConfig) -> TensorSource:
         """The tensors under the rules of tied heads.
 
         Raises:
-          InputError: the head is missing but not tied, or tied but differs from the embedding.
+          InputError: the head is missing but not tied, or tied but differs from the embedding; that
+            is seen when the embedding is read.
         """
         shapes = dict(self.shapes)
         if not config.tied_head and HEAD not in shapes and EMBEDDING in shapes:
@@ -118,15 +124,22 @@ class Folder:
                 f'{self.path}: {HEAD} is missing; allowed only where config.json has '
                 'tie_word_embeddings true.'
             )
-        if config.tied_head and HEAD in shapes:
-            # Some exports write the shared matrix twice.
-            if not np.array_equal(self.read(HEAD), self.read(EMBEDDING)):
+        if not (config.tied_head and HEAD in shapes):
+            return TensorSource(str(self.path), shapes, self.read)
+        # Some exports write the shared matrix twice.
+        del shapes[HEAD]
+        return TensorSource(str(self.path), shapes, self._read_tied)
+
+    def _read_tied(self, name: str, index: Index = (slice(None),)) -> np.ndarray:
+        tensor = self.read(name, index)
+        if name == EMBEDDING:
+            same = self.shapes[HEAD] == self.shapes[EMBEDDING]
+            if not same or not np.array_equal(self.read(HEAD, index), tensor, equal_nan=True):
                 raise InputError(
                     f'{self.path}: tie_word_embeddings is true, but {HEAD} differs from '
                     f'{EMBEDDING}; set it to false to use the head.'
                 )
-            del shapes[HEAD]
-        return TensorSource(str(self.path), shapes, self.read)
+        return tensor
 
 
 def to_hf(params: Mapping[str, Any], config: LlamaConfig) -> Iterator[tuple[str, np.ndarray]]:

@@ -32,9 +32,14 @@ class Checkpoint:
     table: Collection[weights.Row]
     source: weights.TensorSource
 
-    def params(self, dtype: str = 'float32', place: weights.Place | None = None) -> dict[str, Any]:
+    def params(
+        self,
+        dtype: str = 'float32',
+        quantize: str = 'none',
+        shardings: weights.Shardings | None = None,
+    ) -> dict[str, Any]:
         """The parameter tree of `Llama`; see `weights.build`."""
-        return weights.build(self.table, self.config, self.source, dtype, place)
+        return weights.build(self.table, self.config, self.source, dtype, quantize, shardings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +53,24 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | os.PathLike, dtype: str = 'float32', place: weights.Place | None = None
+    path: str | os.PathLike,
+    dtype: str = 'float32',
+    quantize: str = 'none',
+    shardings: weights.Shardings | None = None,
 ) -> LoadedModel:
     """Reads a Hugging Face folder or a .gguf file.
 
     Args:
       path: folder or file on a local disk.
       dtype: of all weights: float32 or bfloat16.
-      place: puts a finished leaf where it belongs; see `weights.build`.
+      quantize: of the layers' kernels: none, int8 or nf4.
+      shardings: where each leaf goes; see `weights.build`.
 
     Raises:
       InputError: see `open_checkpoint` and `weights.build`.
     """
     checkpoint = open_checkpoint(path)
-    params = checkpoint.params(dtype, place)
+    params = checkpoint.params(dtype, quantize, shardings)
     return LoadedModel(checkpoint.config, params, checkpoint.tokenizer, checkpoint.fingerprint)
 
 

@@ -168,6 +168,8 @@ def _stack(
                         f'{path}: tensor {key} has shape {tensors[key].shape}; allowed for this '
                         f'base and rank: {shape}.'
                     )
+                if not np.isfinite(tensors[key]).all():
+                    raise InputError(f'{path}: tensor {key} holds NaN or infinite numbers.')
                 leaf[layer] = tensors.pop(key).T
             flat[(*target_path(name), f'lora_{letter.lower()}')] = leaf
     if tensors:

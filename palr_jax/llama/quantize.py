@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from palr_jax.errors import InputError
-from palr_jax.llama.weights import Path, Place
+
+Path = tuple[str, ...]  # of a leaf in the parameter tree
 
 KINDS = ('none', 'int8', 'nf4')
 BLOCK = 64  # inputs that share an nf4 scale
@@ -123,27 +124,6 @@ def _nf4_halves(kernel: Quantized) -> list[jax.Array]:
         (jnp.asarray(LEVELS)[codes].reshape(blocks, -1, half) * scale[:, None]).reshape(-1, half)
         for codes, scale in halves
     ]
-
-
-def quantizing(kind: str, place: Place | None = None) -> Place | None:
-    """A `place` for `weights.build` that quantises each leaf as soon as it is read.
-
-    Beside what is quantised already, one leaf exists in full.
-
-    Args:
-      kind: 'none' | 'int8' | 'nf4'.
-      place: puts each array where it belongs, as in `weights.build`.
-    """
-    if kind == 'none':
-        return place
-    put = place or (lambda path, leaf: jax.device_put(leaf))
-
-    def quantize_and_place(path: Path, leaf: np.ndarray):
-        if not is_quantized(path):
-            return put(path, leaf)
-        return {name: put((*path, name), part) for name, part in quantize(leaf, kind).items()}
-
-    return quantize_and_place
 
 
 def is_quantized(path: Path) -> bool:

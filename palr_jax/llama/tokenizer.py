@@ -37,6 +37,8 @@ class Tokenizer:
       eos_id: ends an answer.
       pad_id: fills rows; equals `eos_id` where the files name none, so mask by position, not by id.
       size: one more than the largest id.
+      chat_template: what tokenizer_config.json or the GGUF file holds, in Jinja. It is only carried
+        along: prompts follow `config.prompts.style`.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Tokenizer:
         bos_id: int | None,
         eos_id: int,
         pad_id: int | None = None,
+        chat_template: str | None = None,
     ):
         # Some published files would cut or fill every text.
         backend.no_truncation()
@@ -54,6 +57,7 @@ class Tokenizer:
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
         self.size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.chat_template = chat_template
 
     def encode(self, text: str, allow_special: bool = True) -> list[int]:
         """Ids of `text`; neither BOS nor EOS is added.
@@ -97,6 +101,8 @@ class Tokenizer:
         }
         for role, i in (('bos', self.bos_id), ('eos', self.eos_id), ('pad', self.pad_id)):
             settings[f'{role}_token'] = None if i is None else self.backend.id_to_token(i)
+        if self.chat_template is not None:
+            settings['chat_template'] = self.chat_template
         storage.write_text(Path(folder) / 'tokenizer.json', self.backend.to_str())
         storage.write_json(Path(folder) / 'tokenizer_config.json', settings)
 
@@ -154,7 +160,14 @@ def from_hf_folder(folder: str | os.PathLike) -> Tokenizer:
     add_bos = settings.get('add_bos_token')
     if add_bos is None:
         add_bos = backend.encode('a', add_special_tokens=True).ids[:1] == [bos_id]
-    return _checked(backend, bos_id if add_bos else None, special('eos'), special('pad'), folder)
+    return _checked(
+        backend,
+        bos_id if add_bos else None,
+        special('eos'),
+        special('pad'),
+        settings.get('chat_template'),
+        folder,
+    )
 
 
 def from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
@@ -198,7 +211,8 @@ def from_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     if backend.get_vocab_size(with_added_tokens=True) != len(tokens):
         raise InputError(f'{where}: tokenizer.ggml.tokens names a token twice.')
     bos_id = get('bos_token_id') if get('add_bos_token', add_bos) else None
-    return _checked(backend, bos_id, get('eos_token_id'), get('padding_token_id'), where)
+    template = metadata.get('tokenizer.chat_template')
+    return _checked(backend, bos_id, get('eos_token_id'), get('padding_token_id'), template, where)
 
 
 def _optional(path: Path) -> Mapping[str, Any]:
@@ -217,6 +231,7 @@ def _checked(
     bos_id: int | None,
     eos_id: int | None,
     pad_id: int | None,
+    chat_template: str | None,
     where: str | os.PathLike,
 ) -> Tokenizer:
     if eos_id is None:
@@ -224,7 +239,7 @@ def _checked(
     for role, i in (('bos', bos_id), ('eos', eos_id), ('pad', pad_id)):
         if i is not None and (not isinstance(i, int) or backend.id_to_token(i) is None):
             raise InputError(f'{where}: the {role} token is id {i!r}, which the vocabulary lacks.')
-    return Tokenizer(backend, bos_id, eos_id, pad_id)
+    return Tokenizer(backend, bos_id, eos_id, pad_id, chat_template)
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:

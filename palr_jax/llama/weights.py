@@ -1,8 +1,9 @@
 """From named tensors, however they are stored, to the parameter tree of `Llama`.
 
 A format (Hugging Face, GGUF) brings a table of its tensor names and a function that reads one
-tensor; the tree is the same. Tensors are read one by one into preallocated stacked leaves, so at
-most one leaf is held beside the result.
+tensor or a part of it; the tree is the same. Tensors are read one by one straight into the shards
+of their stacked leaf that this process has, so at most one leaf is held beside the result, and of a
+leaf that is spread over many hosts each reads its own part.
 """
 
 import dataclasses
@@ -14,13 +15,16 @@ import ml_dtypes
 import numpy as np
 
 from palr_jax.errors import InputError
+from palr_jax.llama import quantize
 from palr_jax.llama.config import LlamaConfig
+from palr_jax.llama.quantize import Path
 from palr_jax.progress import Progress
 
 DTYPES = {'float32': np.dtype(np.float32), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
-Path = tuple[str, ...]
-Place = Callable[[Path, np.ndarray], Any]
+# (path, shape) of a leaf -> how it lies on the devices
+Shardings = Callable[[Path, tuple[int, ...]], jax.sharding.Sharding]
+Index = tuple[slice, ...]
 
 
 class Row(NamedTuple):
@@ -44,12 +48,13 @@ class TensorSource:
     Attributes:
       where: path, for messages.
       shapes: of every tensor by name, row-major, as `read` returns them.
-      read: reads one tensor as floating-point numbers.
+      read: reads one tensor, or the part of it that an index of slices names, as floating-point
+        numbers.
     """
 
     where: str
     shapes: Mapping[str, tuple[int, ...]]
-    read: Callable[[str], np.ndarray]
+    read: Callable[..., np.ndarray]  # (name, index) or (name)
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[Path, tuple[int, ...]]:
@@ -96,7 +101,8 @@ def build(
     config: LlamaConfig,
     source: TensorSource,
     dtype: str,
-    place: Place | None = None,
+    kind: str = 'none',
+    shardings: Shardings | None = None,
 ) -> dict[str, Any]:
     """Reads all weights into the tree of `Llama`.
 
@@ -105,8 +111,10 @@ def build(
       config: the architecture.
       source: the tensors; every one must be in the table, and every needed one must be there.
       dtype: of all leaves: float32 or bfloat16.
-      place: takes (path, finished NumPy leaf) and returns what stands in the tree; by default the
-        leaf goes to JAX's default device. Sharded placement goes here, leaf by leaf.
+      kind: 'none', or how the layers' kernels are quantised, each leaf as soon as it is read: see
+        `quantize.py`.
+      shardings: where each leaf goes, paths and shapes being those of the result; by default all
+        of it to JAX's default device.
 
     Raises:
       InputError: a tensor is missing, unknown, of another shape, or not finite.
@@ -114,23 +122,86 @@ def build(
     if dtype not in DTYPES:
         raise InputError(f'config.model.dtype is {dtype!r}; allowed: {", ".join(DTYPES)}.')
     check_tensors(table, config, source)
-    place = place or (lambda path, leaf: jax.device_put(leaf))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = shardings or (lambda path, shape: here)
     leaves = leaf_shapes(config)
     params: dict[str, Any] = {}
-    leaf = np.empty(0)
     with Progress('weights', sum(1 for _ in tensor_names(table, config)), 'tensors') as progress:
-        for name, row, layer in tensor_names(table, config):
+        for row in table:
             path = tuple(row.path.split('/'))
-            stacked = '{}' in row.name
-            if layer == 0:
-                leaf = np.empty(leaves[path], DTYPES[dtype])
-            tensor = source.read(name)
-            _check_finite(tensor, name, source.where)
-            _fill(leaf[layer] if stacked else leaf, tensor, row.transposed)
-            if not stacked or layer == config.layers - 1:
-                put(params, path, place(path, leaf))
-            progress.update()
+            if path not in leaves:
+                continue
+            narrow = kind != 'none' and quantize.is_quantized(path)
+            # A scale needs the whole of a kernel, so a leaf that is quantised is read as a whole.
+            placement = here if narrow else shardings(path, leaves[path])
+            parts = _parts(leaves[path], DTYPES[dtype], placement)
+            for layer in range(config.layers if '{}' in row.name else 1):
+                for index, part in parts.items():
+                    _read_into(part, index, source, row, layer)
+                progress.update()
+            if narrow:
+                (leaf,) = parts.values()
+                stored = quantize.quantize(leaf, kind)
+                for name, array in stored.items():
+                    to = shardings((*path, name), array.shape)
+                    put(params, (*path, name), _spread(array, to))
+            else:
+                put(params, path, _assemble(leaves[path], parts, placement))
     return params
+
+
+def _parts(
+    shape: tuple[int, ...], dtype: np.dtype, placement: jax.sharding.Sharding
+) -> dict[tuple[tuple[int, int], ...], np.ndarray]:
+    """An empty array for each different part of the leaf on this process's devices.
+
+    The keys are (start, stop) of every axis.
+    """
+    indices = placement.addressable_devices_indices_map(shape).values()
+    bounds = {_bounds(index, shape) for index in indices}
+    return {b: np.empty([stop - start for start, stop in b], dtype) for b in sorted(bounds)}
+
+
+def _bounds(index: Index, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(axis.indices(n)[:2] for axis, n in zip(index, shape))
+
+
+def _read_into(
+    part: np.ndarray,
+    bounds: tuple[tuple[int, int], ...],
+    source: TensorSource,
+    row: Row,
+    layer: int,
+) -> None:
+    """Reads what `part`, the leaf between `bounds`, holds of a layer's tensor; maybe nothing."""
+    if '{}' in row.name:
+        (first, stop), *bounds = bounds
+        if not first <= layer < stop:
+            return
+        part = part[layer - first]
+    index = tuple(slice(*axis) for axis in bounds)
+    name = row.name.format(layer)
+    tensor = source.read(name, index[::-1] if row.transposed else index)
+    if not np.isfinite(tensor).all():
+        raise InputError(f'{source.where}: {name} holds NaN or infinite numbers.')
+    _fill(part, tensor, row.transposed)
+
+
+def _assemble(
+    shape: tuple[int, ...],
+    parts: Mapping[tuple[tuple[int, int], ...], np.ndarray],
+    placement: jax.sharding.Sharding,
+) -> jax.Array:
+    """The leaf, each device of this process with its part."""
+    indices = placement.addressable_devices_indices_map(shape)
+    on_devices = [
+        jax.device_put(parts[_bounds(index, shape)], device) for device, index in indices.items()
+    ]
+    return jax.make_array_from_single_device_arrays(shape, placement, on_devices)
+
+
+def _spread(array: np.ndarray, placement: jax.sharding.Sharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
 
 def check_tensors(table: Collection[Row], config: LlamaConfig, source: TensorSource) -> None:
@@ -169,11 +240,6 @@ def _fill(target: np.ndarray, tensor: np.ndarray, transposed: bool) -> None:
         return
     for start in range(0, len(tensor), 64):
         target[:, start : start + 64] = tensor[start : start + 64].T
-
-
-def _check_finite(tensor: np.ndarray, name: str, where: str) -> None:
-    if not np.isfinite(tensor).all():
-        raise InputError(f'{where}: {name} holds NaN or infinite numbers.')
 
 
 def _listed(names: list[str]) -> str:

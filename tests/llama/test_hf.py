@@ -79,19 +79,6 @@ def test_names_and_shapes_of_hugging_face(params):
     assert tensors['lm_head.weight'].shape == (272, 32)
 
 
-def test_place_gets_one_finished_leaf_at_a_time(folder, params):
-    seen = {}
-
-    def place(path, leaf):
-        seen[path] = leaf.copy()
-        return path
-
-    loaded = load_model(folder, place=place)
-    assert loaded.params['layers']['mlp']['up']['kernel'] == ('layers', 'mlp', 'up', 'kernel')
-    assert len(seen) == len(jax.tree.leaves(params))
-    np.testing.assert_array_equal(seen['head', 'kernel'], params['head']['kernel'])
-
-
 def test_m08_bfloat16_bits_written_by_hand(folder, params):
     """By the definition of the format 1.0 is 0x3F80, -2.0 is 0xC000, 2**-9 is 0x3B00."""
     bits = np.tile(np.array([0x3F80, 0xC000, 0x3B00, 0x4049], '<u2'), 8)
@@ -189,7 +176,11 @@ def test_m09_index_of_other_weights_is_refused(sharded):
 
 
 def test_m09_missing_and_left_over_tensors_are_listed(folder):
-    rewrite(folder, model__layers__1__mlp__up_proj__weight=None)
+    norms = {name: np.ones(32, np.float32) for name in ('model__one', 'model__two')}
+    rewrite(folder, **norms)
+    with pytest.raises(InputError, match=r'holds 2 tensors: model\.one, model\.two, which a LLaMA'):
+        load_model(folder)
+    rewrite(folder, **dict.fromkeys(norms), model__layers__1__mlp__up_proj__weight=None)
     with pytest.raises(InputError, match=r'lacks 1 tensor: model\.layers\.1\.mlp\.up_proj\.weight'):
         load_model(folder)
 

@@ -1,4 +1,6 @@
-"""Opening a model from either format, and its identity."""
+"""Opening a model from either format, its identity, and what is refused before a weight is read."""
+
+import json
 
 import jax
 import numpy as np
@@ -70,6 +72,70 @@ def test_opening_reads_no_weight(tmp_path, tokenizer):
     assert checkpoint.config.layers == 2
     with pytest.raises(InputError, match=r'x\.gguf: blk\.1\.ffn_down\.weight holds NaN'):
         checkpoint.params()
+
+
+def reconfigure(folder, **fields):
+    config = json.loads((folder / 'config.json').read_text())
+    (folder / 'config.json').write_text(json.dumps(config | fields))
+
+
+# What is done to a folder of two shards, and what is said of it.
+FAULTS = {
+    'm09_missing_shard': (
+        lambda folder: (folder / 'model-00002-of-00002.safetensors').unlink(),
+        r'model-00002-of-00002\.safetensors of the 2 files that .*index\.json names is missing\.',
+    ),
+    'm09_missing_tensors': (
+        lambda folder: reconfigure(folder, num_hidden_layers=3),
+        r'lacks 9 tensors: model\.layers\.2\.input_layernorm\.weight, .* and 5 more\.',
+    ),
+    'm09_left_over_tensors': (
+        lambda folder: reconfigure(folder, num_hidden_layers=1),
+        r'holds 9 tensors: model\.layers\.1\..*, which a LLaMA of 1 layers does not have\.',
+    ),
+    'wrong_shape': (
+        lambda folder: reconfigure(folder, intermediate_size=96),
+        r'mlp\.gate_proj\.weight has shape \[64, 32\]; allowed by .*: \[96, 32\]\.',
+    ),
+    'm02_unknown_architecture': (
+        lambda folder: reconfigure(folder, model_type='qwen2'),
+        r"config\.json: model_type is 'qwen2'; allowed: llama, mistral\.",
+    ),
+    'm06_unknown_scaling': (
+        lambda folder: reconfigure(folder, rope_scaling={'rope_type': 'yarn', 'factor': 4.0}),
+        r"the rope type is 'yarn'; allowed: default, linear, llama3\.",
+    ),
+    'm11_vocabulary_beyond_the_rows': (
+        lambda folder: tiny_tokenizer(['Jumanji (1995), Sabrina (1995)'] * 9, 300).save(folder),
+        r'the tokenizer has \d+ ids, the embedding only 272 rows\.',
+    ),
+}
+
+
+@pytest.mark.parametrize(('spoil', 'message'), FAULTS.values(), ids=FAULTS)
+def test_a_faulty_folder_is_refused_in_one_sentence_before_a_weight_is_read(
+    tmp_path, tokenizer, spoil, message
+):
+    """Every weight is NaN, which the first read would tell instead."""
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), random_params(CONFIG, 0))
+    write_hf_folder(tmp_path, CONFIG, params, tokenizer, shards=2)
+    with pytest.raises(InputError, match=r'embed_tokens\.weight holds NaN'):
+        load_model(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(InputError, match=f'{message}$') as caught:
+        load_model(tmp_path)
+    assert str(caught.value).startswith(str(tmp_path))
+    assert '. ' not in str(caught.value)
+    assert '\n' not in str(caught.value)
+
+
+def test_m11_a_gguf_vocabulary_beyond_the_rows_is_refused(tmp_path, tokenizer):
+    config = tiny_config(vocab_size=tokenizer.size - 1)
+    params = random_params(config, 0)
+    params['embed']['embedding'][:] = np.nan
+    write_gguf_file(tmp_path / 'x.gguf', config, params, tokenizer)
+    with pytest.raises(InputError, match=f'has {tokenizer.size} ids, the embedding only'):
+        load_model(tmp_path / 'x.gguf')
 
 
 def test_m11_more_ids_than_rows_is_refused(tmp_path, tokenizer):

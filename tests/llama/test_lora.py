@@ -160,6 +160,10 @@ def test_merging_into_bfloat16_rounds_once():
     assert merged[0, 0] == pytest.approx(1.0 + 2**-7, abs=1e-7)
     half = np.ones((1, 1), jnp.bfloat16)  # a base in bfloat16 is widened before the sum
     assert lora.merge(half, a, 0.25 * b, LoraSpec(1, 1.0, ('q',))).item() > 1.0
+    # A delta in bfloat16 would be 2**-8, and 1 + 2**-8 a tie, which goes down to 1.
+    delta = np.array([[2**-8 + 2**-17]], np.float32)
+    merged = lora.merge(half, np.ones((1, 1), np.float32), delta, LoraSpec(1, 1.0, ('q',)))
+    assert merged.astype(jnp.bfloat16) == 1.0 + 2**-7
 
 
 def test_dropout_zeroes_inputs_of_the_adapter_and_none_of_the_kernel():

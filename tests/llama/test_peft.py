@@ -176,6 +176,7 @@ def test_half_precision_factors_are_read_exactly(folder, adapter):
         ('target_modules', 'all-linear', 'target_modules is "all-linear"; allowed: a list'),
         ('target_modules', ['q_proj', 'lm_head'], 'target_modules is .*lm_head'),
         ('target_modules', ['q'], r'target_modules is \["q"\]'),
+        ('target_modules', ['c_attn', 'wte'], r'target_modules is \["c_attn", "wte"\]; allowed: a'),
         ('target_modules', [], r'target_modules is \[\]'),
     ],
 )
@@ -202,6 +203,10 @@ def test_a_missing_setting_is_named(folder, field):
         (tiny_config(width=64), r'has shape \(4, 32\); allowed for this base and rank: \(4, 64\)'),
         (tiny_config(layers=3), r'layers\.2\.self_attn\.q_proj\.lora_A\.weight is missing'),
         (tiny_config(layers=1), r'layers\.1\.mlp\.down_proj\.lora_A\.weight has no place in this'),
+        (
+            tiny_config(kv_heads=4),
+            r'k_proj\.lora_B\.weight has shape \(16, 4\); allowed .*\(32, 4\)',
+        ),
     ],
 )
 def test_the_adapter_of_another_base_is_refused(folder, base, message):
@@ -240,4 +245,11 @@ def test_missing_and_damaged_files_are_named(folder, name):
 def test_integer_tensors_are_refused(folder):
     rewrite(folder, lambda t: {k: v.astype(np.int8) for k, v in t.items()})
     with pytest.raises(InputError, match='is stored as I8; allowed: F32, F16, BF16'):
+        load_adapter(folder, CONFIG)
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_factors_that_are_not_finite_are_refused(folder, value):
+    rewrite(folder, lambda t: t | {min(t): np.full_like(t[min(t)], value)})
+    with pytest.raises(InputError, match=r'tensor .*lora_A\.weight holds NaN or infinite numbers'):
         load_adapter(folder, CONFIG)

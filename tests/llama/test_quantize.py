@@ -59,14 +59,14 @@ SPEC = LoraSpec(4, 8.0, ('q', 'v', 'o', 'down'))
 KINDS = ('int8', 'nf4')
 
 
-def place_tree(params, kind):
-    """What `weights.build` makes of these leaves with `quantizing(kind)` for a hook."""
-    place = quantize.quantizing(kind)
-    if place is None:
-        return params
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: place(tuple(step.key for step in path), leaf), params
-    )
+def quantized_tree(params, kind):
+    """These leaves, the kernels of the layers quantised."""
+
+    def stored(path, leaf):
+        narrow = kind != 'none' and quantize.is_quantized(tuple(step.key for step in path))
+        return quantize.quantize(np.asarray(leaf), kind) if narrow else leaf
+
+    return jax.tree_util.tree_map_with_path(stored, params)
 
 
 def draw_kernel(layers=2, inputs=128, outputs=24):
@@ -190,7 +190,7 @@ def test_a_product_is_that_with_the_dequantised_kernel(kind, dtype):
 def test_the_model_computes_with_the_dequantised_kernels(kind):
     """The scan takes the quantised stacks apart; embedding, head and norms are as they were."""
     params = random_params(MODEL, seed=1)
-    quantized = place_tree(params, kind)
+    quantized = quantized_tree(params, kind)
     back = jax.tree.map(
         lambda leaf: jax.vmap(quantize.dequantize)(leaf) if isinstance(leaf, dict) else leaf,
         quantized,
@@ -209,7 +209,7 @@ def test_the_model_computes_with_the_dequantised_kernels(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_adapters_are_told_from_the_quantised_base(kind):
     """L01: labels, split and join go by path, whatever stands where the kernel was."""
-    frozen = place_tree(random_params(MODEL, seed=1), kind)
+    frozen = quantized_tree(random_params(MODEL, seed=1), kind)
     adapter = lora.init_adapter(MODEL, SPEC, seed=0)
     params = lora.join(adapter, frozen)
     assert set(params['layers']['attention']['q']['kernel']) == {kind, 'scale'}
@@ -243,7 +243,7 @@ def compiled_once(tmp_path):
 def test_training_over_a_quantised_base(kind, tmp_path):
     """L01, L02, O05: the loss falls, the base keeps its bits, the optimiser has no leaf of it,
     and a run in two pieces is the run in one."""
-    frozen = place_tree(random_params(MODEL, seed=1), kind)
+    frozen = quantized_tree(random_params(MODEL, seed=1), kind)
     program = Program(MODEL, SPEC, jnp.float32)
 
     def run(folder, steps):
@@ -252,7 +252,7 @@ def test_training_over_a_quantised_base(kind, tmp_path):
         )
 
     adapter = run(tmp_path / 'whole', 10)
-    assert_same_bits(frozen, place_tree(random_params(MODEL, seed=1), kind))
+    assert_same_bits(frozen, quantized_tree(random_params(MODEL, seed=1), kind))
     lines = (tmp_path / 'whole' / 'metrics.jsonl').read_text().splitlines()
     losses = [json.loads(line)['loss'] for line in lines]
     assert losses[-1] < losses[0] - 0.5
@@ -271,7 +271,7 @@ def test_one_pass_scores_equal_naive_ones(kind):
     rng = np.random.default_rng(0)
     adapter = lora.init_adapter(MODEL, SPEC, seed=0)
     adapter = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), adapter)
-    params = lora.join(adapter, place_tree(random_params(MODEL, seed=2), kind))
+    params = lora.join(adapter, quantized_tree(random_params(MODEL, seed=2), kind))
     draw = lambda n: rng.integers(0, 41, n).astype(np.int32)  # noqa: E731
     queries = [Query(draw(n), tuple(draw(m) for m in (1, 3, 7, 4))) for n in (5, 21)]
 
@@ -300,27 +300,14 @@ def test_one_pass_scores_equal_naive_ones(kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_loading_quantises_leaf_by_leaf(kind, tmp_path):
-    """Each leaf goes to `place` in its stored form as soon as it is read; no kernel is placed."""
+def test_loading_quantises_the_kernels_of_the_layers(kind, tmp_path):
     tokenizer = tiny_tokenizer(['Heat (1995)'])
     config = tiny_config(vocab_size=tokenizer.size)
     params = random_params(config, seed=4)
     write_hf_folder(tmp_path, config, params, tokenizer)
-    placed = []
-
-    def place(path, leaf):
-        placed.append((path, leaf.dtype, leaf.shape))
-        return leaf
-
-    loaded = load_model(tmp_path, place=quantize.quantizing(kind, place)).params
-    assert_same_bits(loaded, place_tree(params, kind))
-    kernels = [path for path in leaf_shapes(config) if quantize.is_quantized(path)]
-    assert len(kernels) == 7
-    assert {path for path, _, _ in placed} == {
-        *((*path, part) for path in kernels for part in (kind, 'scale')),
-        *(set(leaf_shapes(config)) - set(kernels)),
-    }
-    assert quantize.quantizing('none', place) is place
+    loaded = load_model(tmp_path, quantize=kind).params
+    assert_same_bits(loaded, quantized_tree(params, kind))
+    assert sum(quantize.is_quantized(path) for path in leaf_shapes(config)) == 7
 
 
 @pytest.mark.parametrize('kind', quantize.KINDS)
@@ -331,7 +318,7 @@ def test_the_config_says_what_the_pipeline_loads(kind, tmp_path):
     write_hf_folder(tmp_path, config, params, tokenizer)
     run = default_config()
     run.model.path, run.model.quantize = str(tmp_path), kind
-    assert_same_bits(Project(run, None).base, place_tree(params, kind))
+    assert_same_bits(Project(run, None).base, quantized_tree(params, kind))
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -344,11 +331,10 @@ def test_one_leaf_exists_in_full_at_a_time(kind):
     table = [Row(f'{"/".join(p)}/{{}}', '/'.join(p), False) for p in leaf_shapes(config)]
     table = [row if 'layers' in row.path else row._replace(name=row.path) for row in table]
     shapes = {name: _shape(config, row) for name, row, _ in tensor_names(table, config)}
-    read = lambda name: rng.standard_normal(shapes[name]).astype(np.float32)  # noqa: E731
-    place = quantize.quantizing(kind, lambda path, leaf: leaf)
+    read = lambda name, _: rng.standard_normal(shapes[name]).astype(np.float32)  # noqa: E731
 
     def load():
-        return build(table, config, TensorSource('here', shapes, read), 'float32', place)
+        return build(table, config, TensorSource('here', shapes, read), 'float32', kind)
 
     load()  # compiles
     tracemalloc.start()

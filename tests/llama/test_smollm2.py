@@ -65,7 +65,7 @@ def test_logits_and_words_are_the_stored_ones_of_torch(model, greedy):
         assert model.tokenizer.decode(answer['answer_ids']) == answer['answer']
 
 
-def test_first_words_are_those_of_torch_here(model, greedy, tmp_path):
+def test_logits_and_first_words_are_those_of_torch_here(model, greedy, tmp_path):
     torch = pytest.importorskip('torch')
     transformers = pytest.importorskip('transformers')
     write_hf_folder(tmp_path, model.config, model.params, model.tokenizer)
@@ -74,6 +74,7 @@ def test_first_words_are_those_of_torch_here(model, greedy, tmp_path):
         '<|im_start|>user\nName a film about toys.<|im_end|>\n<|im_start|>assistant\n'
     )
     with torch.no_grad():
+        expected = theirs.eval()(torch.tensor([prompt])).logits.numpy()
         words = (
             theirs.eval()
             .generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=2)[
@@ -82,3 +83,19 @@ def test_first_words_are_those_of_torch_here(model, greedy, tmp_path):
             .tolist()
         )
     assert greedy(prompt, len(words)) == words
+    logits = apply_logits(model.params, model.config, np.array([prompt]))
+    np.testing.assert_allclose(logits, expected, 0, atol=2e-3)
+
+
+def test_the_chat_template_of_the_file_works_in_transformers(model, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    pytest.importorskip('jinja2')
+    model.tokenizer.save(tmp_path)
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'Hello'}]
+    text = opened.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n'
+        '<|im_start|>assistant\n'
+    )

@@ -20,17 +20,18 @@ def metadata(**values):
     return {f'tokenizer.ggml.{key}': value for key, value in values.items() if value is not None}
 
 
+GPT2 = {
+    'model': 'gpt2',
+    'tokens': BPE['tokens'],
+    'token_type': BPE['types'],
+    'merges': BPE['merges'],
+    'bos_token_id': 0,
+    'eos_token_id': 2,
+}
+
+
 def byte_level(pre='gpt-2', **changes) -> tokenizer.Tokenizer:
-    values = {
-        'model': 'gpt2',
-        'pre': pre,
-        'tokens': BPE['tokens'],
-        'token_type': BPE['types'],
-        'merges': BPE['merges'],
-        'bos_token_id': 0,
-        'eos_token_id': 2,
-    }
-    return tokenizer.from_gguf(metadata(**values | changes), 'model.gguf')
+    return tokenizer.from_gguf(metadata(**GPT2 | {'pre': pre} | changes), 'model.gguf')
 
 
 def sentencepiece(**changes) -> tokenizer.Tokenizer:
@@ -181,10 +182,13 @@ def test_gguf_tokenizers_that_are_refused(values, part):
 
 
 def test_folder_round_trip(tmp_path):
-    ours = byte_level('smollm', add_bos_token=True, padding_token_id=1)
+    template = "{% for m in messages %}«{{ m['content'] }}»\n{% endfor %}"
+    values = metadata(**GPT2, add_bos_token=True, padding_token_id=1, pre='smollm')
+    ours = tokenizer.from_gguf(values | {'tokenizer.chat_template': template}, 'model.gguf')
     ours.save(tmp_path)
     again = tokenizer.from_hf_folder(tmp_path)
     assert (again.bos_id, again.eos_id, again.pad_id, again.size) == (0, 2, 1, ours.size)
+    assert again.chat_template == ours.chat_template == template
     for text in TEXTS:
         assert again.encode(text) == ours.encode(text)
         assert again.encode(text, allow_special=False) == ours.encode(text, allow_special=False)

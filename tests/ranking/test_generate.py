@@ -11,7 +11,7 @@ import pytest
 
 from palr_jax.data import resolve
 from palr_jax.errors import InputError
-from palr_jax.llama import lora
+from palr_jax.llama import lora, quantize
 from palr_jax.llama.attention import Cached
 from palr_jax.llama.config import RopeScaling
 from palr_jax.llama.load import load_model
@@ -24,21 +24,30 @@ REFERENCE = Path(__file__).parent.parent / 'llama' / 'reference' / 'smollm2.json
 V = 61
 LENGTHS = (3, 16, 1, 9, 21)
 NO_EOS = V - 1  # made never to be the most probable
+logits_of = jax.jit(apply_logits, static_argnames=('config', 'lora'))
 SPEC = lora.LoraSpec(4, 8.0, ('q', 'v', 'down'), dropout=0.5)
+LLAMA3 = {'rope_scaling': RopeScaling('llama3', 4.0, 1.0, 4.0, 16), 'rope_theta': 50.0}
 CASES = {
-    'adapted': ({}, SPEC),
-    'one_key_head': ({'kv_heads': 1}, None),
-    'llama3': (
-        {'rope_scaling': RopeScaling('llama3', 4.0, 1.0, 4.0, 16), 'rope_theta': 50.0},
-        None,
-    ),
+    'adapted': ({}, SPEC, 'none'),
+    'one_key_head': ({'kv_heads': 1}, None, 'none'),
+    'llama3': (LLAMA3, None, 'none'),
+    'int8': ({}, None, 'int8'),
+    'int8_adapted': ({}, SPEC, 'int8'),
+    'nf4': ({}, None, 'nf4'),
+    'nf4_adapted': ({}, SPEC, 'nf4'),
 }
 
 
-def draw(changes, spec=None):
+def draw(changes, spec=None, kind='none'):
     """(config, parameters, prompts)."""
     config = tiny_config(vocab_size=V, **changes)
     params = jax.tree.map(jnp.asarray, random_params(config, seed=2))
+    if kind != 'none':
+        for name in lora.TARGETS:
+            _, part, _ = lora.target_path(name)
+            projection = params['layers'][part][name]
+            stored = quantize.quantize(projection['kernel'], kind)
+            projection['kernel'] = jax.tree.map(jnp.asarray, stored)
     params['head']['kernel'] = params['head']['kernel'].at[:, NO_EOS].set(0.0)
     rng = np.random.default_rng(5)
     if spec is not None:
@@ -48,27 +57,40 @@ def draw(changes, spec=None):
     return config, params, [rng.integers(0, V - 1, n).astype(np.int32) for n in LENGTHS]
 
 
+def dequantised(params):
+    return jax.tree.map(
+        lambda leaf: jax.vmap(quantize.dequantize)(leaf) if isinstance(leaf, dict) else leaf,
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, dict) and len(leaf) == 2 and 'scale' in leaf,
+    )
+
+
 def without_cache(params, config, prompt, most, eos_id, spec=None):
     """The whole row through the model for every token; one prompt, no padding before its end."""
-    logits_of = jax.jit(functools.partial(apply_logits, config=config, lora=spec))
     row = list(prompt)
     while len(row) < len(prompt) + most and (len(row) == len(prompt) or row[-1] != eos_id):
         padded = row + [0] * (max(LENGTHS) + most - len(row))  # later tokens are never seen
-        logits = logits_of(params, tokens=np.array([padded]))
+        logits = logits_of(params, config, np.array([padded]), lora=spec)
         row.append(int(np.argmax(logits[0, len(row) - 1])))
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize(('changes', 'spec'), CASES.values(), ids=CASES)
-def test_the_cache_changes_no_token(changes, spec):
-    """Prompts of unequal lengths in one batch, each against itself alone without the cache."""
-    config, params, prompts = draw(changes, spec)
+@pytest.mark.parametrize(('changes', 'spec', 'kind'), CASES.values(), ids=CASES)
+def test_the_cache_changes_no_token(changes, spec, kind):
+    """Prompts of unequal lengths in one batch, each against itself alone without the cache.
+
+    Over a quantised base also against its dequantised kernels, which no quantised product touches.
+    """
+    config, params, prompts = draw(changes, spec, kind)
     options = {'config': config, 'lora': spec, 'eos_id': NO_EOS, 'most': 12}
     found = generate(params, prompts, batch_size=5, **options)
     expected = [without_cache(params, config, prompt, 12, NO_EOS, spec) for prompt in prompts]
     assert [answer.tolist() for answer in found] == expected
     assert [len(answer) for answer in found] == [12] * 5
     assert len({tuple(answer) for answer in expected}) == 5
+    if kind != 'none':
+        back = without_cache(dequantised(params), config, prompts[4], 12, NO_EOS, spec)
+        assert back == expected[4]
 
 
 @pytest.mark.slow

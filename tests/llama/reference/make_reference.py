@@ -40,6 +40,7 @@ from palr_jax.testing.llama import (
 HERE = Path(__file__).parent
 LLAMA3 = RopeScaling('llama3', 8.0, 1.0, 4.0, 32)
 # name: (config, lengths of the rows, positions whose logits are kept)
+# New cases go to the end: a case's seed is its place.
 CASES = {
     'grouped': (tiny_config(vocab_size=272), (24, 24), (0, 1, 11, 23)),
     'tied': (tiny_config(vocab_size=272, tied_head=True), (16,), (0, 7, 15)),
@@ -62,6 +63,21 @@ CASES = {
         (0, 31, 32, 63, 99),
     ),
     'padded': (tiny_config(vocab_size=272), (5, 12, 9), (0, 4, 8, 11)),
+    'padded_left': (tiny_config(vocab_size=272), (5, 12, 9), (0, 3, 7, 11)),
+    'llama1': (tiny_config(vocab_size=272, kv_heads=4, norm_eps=1e-6), (24,), (0, 1, 11, 23)),
+    # Tied and scaled, as Llama 3.2 is.
+    'llama3_padded_left': (
+        tiny_config(
+            vocab_size=272,
+            head_dim=16,
+            rope_theta=100.0,
+            rope_scaling=LLAMA3,
+            tied_head=True,
+            max_positions=128,
+        ),
+        (45, 100),
+        (0, 54, 55, 63, 99),
+    ),
 }
 CORPUS = (
     'The film was shown again in 1995, and people who had seen it before came back to see it.',
@@ -104,6 +120,9 @@ def make_logits() -> None:
             3, config.vocab_size, (len(lengths), max(lengths)), dtype=np.int32
         )
         mask = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        padding = 'left' if name.endswith('left') else 'right'
+        if padding == 'left':
+            mask = mask[:, ::-1].copy()
         tokens = np.where(mask, tokens, tokenizer.pad_id).astype(np.int32)
         with tempfile.TemporaryDirectory() as folder:
             write_hf_folder(folder, config, params, tokenizer)
@@ -112,6 +131,7 @@ def make_logits() -> None:
                 logits = model(
                     torch.tensor(tokens.astype(np.int64)),
                     attention_mask=torch.tensor(mask.astype(np.int64)),
+                    position_ids=torch.tensor(np.maximum(np.cumsum(mask, axis=1) - 1, 0)),
                 ).logits.numpy()
         arrays[f'{name}/tokens'] = tokens
         arrays[f'{name}/logits'] = logits[:, list(positions)]
@@ -122,6 +142,7 @@ def make_logits() -> None:
                 'seed': seed,
                 'config': dataclasses.asdict(config),
                 'lengths': lengths,
+                'padding': padding,
                 'positions': positions,
                 'checksum': checksum,
             }
