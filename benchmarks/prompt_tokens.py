@@ -21,7 +21,7 @@ from palr_jax.prompts import count_profile, split_users
 from palr_jax.prompts.llm_profile import ask
 from palr_jax.prompts.show import open_project
 from palr_jax.ranking.users import ranking_prompt
-from palr_jax.retrieval import item_counts
+from palr_jax.retrieval import fit_popularity
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, configs/NAME.py.')
 NAME = flags.DEFINE_string('name', None, 'Of the result, prompt_tokens_NAME.json.')
@@ -56,7 +56,7 @@ def ranking(project: Project, users: np.ndarray) -> dict[str, list[Counts]]:
     """Of the test prompts, and of the questions for their profiles."""
     config, split, encoder = project.config, project.dataset.split, project.encoder
     catalogue = project.dataset.catalogue
-    popular = np.argsort(-item_counts(split, catalogue.items), kind='stable') + 1
+    popular = np.argsort(-fit_popularity(split, catalogue.items).counts, kind='stable') + 1
     ranked, asked = [], []
     for user in users:
         history = split.history(user, 'test')

@@ -57,12 +57,22 @@ def default_config() -> ConfigDict:
     config.data.test_share = 0.1  # of all events, behind the second cut of temporal
 
     config.retrieval = ConfigDict()
+    # sasrec (positions from the end) | relative (SASRec with a bias by distance) | hstu
+    config.retrieval.encoder = 'sasrec'
     config.retrieval.width = 64  # of item vectors
-    config.retrieval.blocks = 2  # Transformer blocks
+    config.retrieval.blocks = 2  # layers
     config.retrieval.heads = 2  # attention heads
     config.retrieval.length = 50  # latest items of a history that SASRec reads
     config.retrieval.dropout = 0.2  # share of activations, 0 to 1
+    # full_ce (every item competes) | sampled_softmax | gbce | bce (one negative, the paper's)
+    config.retrieval.loss = 'full_ce'
+    config.retrieval.negatives = (
+        256  # of sampled_softmax and gbce: drawn a step, for all its tokens
+    )
+    config.retrieval.popular_negatives = 0.5  # share drawn by popularity (sampled_softmax), 0 to 1
+    config.retrieval.gbce_t = 0.75  # calibration of gbce, 0 to 1
     config.retrieval.learning_rate = 2e-3  # Adam
+    config.retrieval.schedule = 'constant'  # constant | cosine (to a hundredth at `epochs`)
     config.retrieval.batch_size = 16  # rows of `length` items a step; several users share a row
     config.retrieval.epochs = 60  # at most; early stopping ends sooner
     config.retrieval.evaluate_every = 2  # epochs between two validations
@@ -152,6 +162,9 @@ def default_config() -> ConfigDict:
 CHOICES = {
     'data.source': ('ml100k', 'ml1m', 'recbole', 'amazon', 'table', 'tfds'),
     'data.split': ('leave_one_out', 'temporal'),
+    'retrieval.encoder': ('sasrec', 'relative', 'hstu'),
+    'retrieval.loss': ('full_ce', 'sampled_softmax', 'gbce', 'bce'),
+    'retrieval.schedule': ('constant', 'cosine'),
     'retrieval.index': ('auto', 'scann', 'exact', 'approx'),
     'model.dtype': ('float32', 'bfloat16'),
     'model.quantize': quantize.KINDS,
@@ -172,6 +185,8 @@ RANGES = {
     'data.valid_share': (0.001, 0.4),
     'data.test_share': (0.001, 0.4),
     'retrieval.dropout': (0, 0.95),
+    'retrieval.popular_negatives': (0, 1),
+    'retrieval.gbce_t': (0, 1),
     'lora.dropout': (0, 0.95),
     'tasks.users': (0, 1),
     'tasks.recommend_retrieval': (0, 1),

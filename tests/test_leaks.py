@@ -72,7 +72,7 @@ def made(config, source, split, folder, parts):
     tokens, users = pipeline.encode_examples(project, ours)
     found = {
         'item vectors': retrieval.load(folder / 'retrieval').item_vectors.tolist(),
-        'popularity': retrieval.item_counts(split, source.catalogue.items).tolist(),
+        'popularity': retrieval.fit_popularity(split, source.catalogue.items).counts.tolist(),
         'examples': examples,
         'profiles of examples': pipeline.example_profiles(project, examples),
         'fine-tuning': [(user, t.answer, t.tokens.tolist()) for user, t in zip(users, tokens)],

@@ -19,20 +19,22 @@ from palr_jax.retrieval.index import (
     recall_against_exact,
     save_index,
 )
-from palr_jax.retrieval.popularity import item_counts, popularity_queries
-from palr_jax.retrieval.retriever import TrainedRetriever, load, save, user_vectors
+from palr_jax.retrieval.interface import Retriever
+from palr_jax.retrieval.popularity import Popularity, fit_popularity
+from palr_jax.retrieval.retriever import TrainedRetriever, load, save
 from palr_jax.retrieval.train import train_sasrec
 
 __all__ = [
     'Candidates',
     'ItemIndex',
+    'Popularity',
+    'Retriever',
     'TrainedRetriever',
     'build_index',
+    'fit_popularity',
     'hash_items',
-    'item_counts',
     'load',
     'load_index',
-    'popularity_queries',
     'read_candidates',
     'read_ranks',
     'recall_against_exact',
@@ -43,5 +45,4 @@ __all__ = [
     'save_ranks',
     'target_ranks',
     'train_sasrec',
-    'user_vectors',
 ]

@@ -43,47 +43,49 @@ class TrainedRetriever:
         """[I, D]; row 0 is item 1. SASRec's output table is its input table."""
         return self.params['items']['embedding']
 
+    def user_vectors(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """[U', D] float32: the state after each history, which scores the next item.
+
+        A user who was not there in training needs no training. Users of similar length share a
+        batch, rows have a power of two of tokens and batches always the same size, so there is at
+        most one program for each power of two up to `config.length`. An empty history has the zero
+        vector.
+
+        Args:
+          histories: U' arrays of item ids, oldest first; the latest `config.length` are read.
+
+        Raises:
+          InputError: an id is not in the catalogue (0, which is padding, is none either).
+        """
+        config = self.config
+        histories = [np.asarray(h)[-config.length :] for h in histories]
+        for row, history in enumerate(histories):
+            bad = (history < 1) | (history > config.items)
+            if bad.any():
+                raise InputError(
+                    f'The history in row {row} holds the item id {history[bad.argmax()]}; '
+                    f'item ids are 1 to {config.items}.'
+                )
+        vectors = np.zeros((len(histories), config.width), np.float32)
+        lengths = np.array([len(h) for h in histories], int)
+        rows = np.argsort(lengths, kind='stable')
+        batch = min(BATCH, 1 << (len(histories) - 1).bit_length()) if histories else BATCH
+        params = jax.device_put(self.params)
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            longest = max(SHORTEST, lengths[part[-1]])
+            ids = np.zeros(
+                (batch, min(config.length, 1 << int(longest - 1).bit_length())), np.int32
+            )
+            for place, row in enumerate(part):
+                ids[place, ids.shape[1] - lengths[row] :] = histories[row]
+            vectors[part] = _last_state(params, ids, config)[: len(part)]
+        return vectors
+
 
 @functools.partial(jax.jit, static_argnames='config')
 def _last_state(params: Params, ids: jax.Array, config: SasrecConfig) -> jax.Array:
     return SASRec(config).apply({'params': params}, ids)[:, -1]
-
-
-def user_vectors(retriever: TrainedRetriever, histories: Sequence[np.ndarray]) -> np.ndarray:
-    """[U', D] float32: the state after each history, whose dot product with items scores the next.
-
-    A user who was not there in training needs no training. Users of similar length share a batch,
-    rows have a power of two of tokens and batches always the same size, so there is at most one
-    program for each power of two up to `config.length`. An empty history has the zero vector.
-
-    Args:
-      histories: U' arrays of item ids, oldest first; the latest `config.length` are read.
-
-    Raises:
-      InputError: an id is not in the catalogue (0, which is padding, is none either).
-    """
-    config = retriever.config
-    histories = [np.asarray(h)[-config.length :] for h in histories]
-    for row, history in enumerate(histories):
-        bad = (history < 1) | (history > config.items)
-        if bad.any():
-            raise InputError(
-                f'The history in row {row} holds the item id {history[bad.argmax()]}; '
-                f'item ids are 1 to {config.items}.'
-            )
-    vectors = np.zeros((len(histories), config.width), np.float32)
-    lengths = np.array([len(h) for h in histories], int)
-    rows = np.argsort(lengths, kind='stable')
-    batch = min(BATCH, 1 << (len(histories) - 1).bit_length()) if histories else BATCH
-    params = jax.device_put(retriever.params)
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        longest = max(SHORTEST, lengths[part[-1]])
-        ids = np.zeros((batch, min(config.length, 1 << int(longest - 1).bit_length())), np.int32)
-        for place, row in enumerate(part):
-            ids[place, ids.shape[1] - lengths[row] :] = histories[row]
-        vectors[part] = _last_state(params, ids, config)[: len(part)]
-    return vectors
 
 
 def save(retriever: TrainedRetriever, folder: epath.PathLike) -> None:

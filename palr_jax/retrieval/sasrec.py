@@ -23,17 +23,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 Params = dict[str, Any]
+ENCODERS = ('sasrec', 'relative', 'hstu')
 
 
 @dataclass(frozen=True)
 class SasrecConfig:
     """The shape of the model; what is saved beside its parameters."""
 
+    encoder: str  # one of ENCODERS
     items: int  # I
     width: int  # D
     blocks: int
     heads: int  # divides the width
-    length: int  # latest items that are read; the number of positions
+    length: int  # latest items that are read; the number of positions or distances
 
 
 def embed_items(table: jax.Array, ids: jax.Array) -> jax.Array:
@@ -65,15 +67,57 @@ def linear(x: jax.Array, p: Params) -> jax.Array:
     return x @ p['kernel'] + p['bias']
 
 
-def attention(x: jax.Array, p: Params, mask: jax.Array, heads: int) -> jax.Array:
-    """Multi-head self-attention: x [B, T, D], mask [B, T, T] -> [B, T, D]."""
-    q, k, v = (linear(x, p[name]).reshape(*x.shape[:2], heads, -1) for name in 'qkv')
-    mixed = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-    return linear(mixed.reshape(x.shape), p['o'])
+def attention(
+    x: jax.Array, p: Params, mask: jax.Array, heads: int, bias: jax.Array | None = None
+) -> jax.Array:
+    """Multi-head self-attention: x [B, T, D], mask [B, T, T], bias [H, T, T] -> [B, T, D]."""
+    q, k, v = (split_heads(linear(x, p[name]), heads) for name in 'qkv')
+    logits = jnp.einsum('bhqe,bhte->bhqt', q * q.shape[-1] ** -0.5, k)
+    if bias is not None:
+        logits = logits + bias
+    logits = jnp.where(mask[:, None], logits, -1e30)
+    # Written out: XLA's CPU backend takes twice as long for jax.nn.dot_product_attention here.
+    exp = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
+    mixed = jnp.einsum('bhqt,bhte->bhqe', exp, v) / exp.sum(-1, keepdims=True)
+    return linear(mixed.swapaxes(1, 2).reshape(x.shape), p['o'])
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """[B, T, D] -> [B, H, T, D / H]."""
+    return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
 
 
 def mlp(x: jax.Array, p: Params) -> jax.Array:
     return linear(jax.nn.relu(linear(x, p['up'])), p['down'])
+
+
+def distance_bias(weights: jax.Array, tokens: int) -> jax.Array:
+    """[H, T, T] with weights [H, length] at the distance between query and key; 0 for later keys.
+
+    Row i is one long vector shifted by i, made by reshaping: the gradient is then a sum and not a
+    scatter, which XLA's CPU backend does number by number.
+    """
+    H = len(weights)
+    line = jnp.pad(weights[:, :tokens], ((0, 0), (0, max(0, tokens - weights.shape[1]))))
+    # line[(j - i) mod 2T] belongs to key j of query i.
+    line = jnp.concatenate([line[:, :1], jnp.zeros((H, tokens)), line[:, :0:-1]], 1)
+    square = jnp.tile(line, (1, tokens))[:, : tokens * (2 * tokens - 1)]
+    return square.reshape(H, tokens, 2 * tokens - 1)[:, :, :tokens]
+
+
+def hstu(x: jax.Array, p: Params, mask: jax.Array, heads: int, bias: jax.Array) -> jax.Array:
+    """The HSTU layer (Zhai et al., 2024, arXiv 2402.17152, eq. 2 to 4): x [B, T, D] -> [B, T, D].
+
+    Attention weights are SiLU of logit plus bias, not a softmax: how often something occurs counts,
+    not only how it compares. Another projection of the input gates the result.
+    """
+    projected = linear(layer_norm(x, p['input_norm']), p['hstu']['uqkv'])
+    u, q, k, v = jnp.split(jax.nn.silu(projected), 4, -1)
+    q, k, v = (split_heads(y, heads) for y in (q, k, v))
+    logits = jnp.einsum('bhqe,bhte->bhqt', q * q.shape[-1] ** -0.5, k) + bias
+    weights = jnp.where(mask[:, None], jax.nn.silu(logits), 0)
+    mixed = jnp.einsum('bhqt,bhte->bhqe', weights, v).swapaxes(1, 2).reshape(x.shape)
+    return linear(layer_norm(mixed, p['mixed_norm']) * u, p['hstu']['o'])
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -117,10 +161,17 @@ def encode(
         keys = iter(jax.random.split(key, 2 * len(blocks) + 1))
 
     x = embed_items(table, ids) * table.shape[1] ** 0.5
-    x = drop((x + params['positions']['embedding'][positions]) * real, dropout, next(keys))
+    if 'positions' in params:
+        x = x + params['positions']['embedding'][positions]
+    x = drop(x * real, dropout, next(keys))
     for i in range(len(blocks)):
         p = params[f'block_{i}']
-        y = attention(layer_norm(x, p['attention_norm']), p['attention'], mask, heads)
+        bias = distance_bias(p['distance']['bias'], ids.shape[1]) if 'distance' in p else None
+        if 'hstu' in p:
+            y = hstu(x, p, mask, heads, bias)
+            x = x + drop(y, dropout, next(keys))
+            continue
+        y = attention(layer_norm(x, p['attention_norm']), p['attention'], mask, heads, bias)
         x = x + drop(y, dropout, next(keys))
         y = mlp(layer_norm(x, p['mlp_norm']), p['mlp'])
         x = x + drop(y, dropout, next(keys))
@@ -155,13 +206,23 @@ class _Linears(nn.Module):
 
 
 class _Block(nn.Module):
-    width: int
+    config: SasrecConfig
 
     @nn.compact
     def __call__(self) -> Params:
-        d, f = self.width, 4 * self.width
+        c = self.config
+        d, f = c.width, 4 * c.width
         norm = {'scale': (d,), 'bias': (d,)}
-        return {
+        distance = {}
+        if c.encoder != 'sasrec':
+            distance = {'distance': _Leaves({'bias': (c.heads, c.length)}, name='distance')()}
+        if c.encoder == 'hstu':
+            return distance | {
+                'input_norm': _Leaves(norm, name='input_norm')(),
+                'hstu': _Linears({'uqkv': (d, 4 * d), 'o': (d, d)}, name='hstu')(),
+                'mixed_norm': _Leaves(norm, name='mixed_norm')(),
+            }
+        return distance | {
             'attention_norm': _Leaves(norm, name='attention_norm')(),
             'attention': _Linears(dict.fromkeys('qkvo', (d, d)), name='attention')(),
             'mlp_norm': _Leaves(norm, name='mlp_norm')(),
@@ -185,9 +246,10 @@ class SASRec(nn.Module):
         c = self.config
         params = {
             'items': _Leaves({'embedding': (c.items, c.width)}, name='items')(),
-            'positions': _Leaves({'embedding': (c.length, c.width)}, name='positions')(),
             'final_norm': _Leaves({'scale': (c.width,), 'bias': (c.width,)}, name='final_norm')(),
-        } | {f'block_{i}': _Block(c.width, name=f'block_{i}')() for i in range(c.blocks)}
+        } | {f'block_{i}': _Block(c, name=f'block_{i}')() for i in range(c.blocks)}
+        if c.encoder == 'sasrec':
+            params['positions'] = _Leaves({'embedding': (c.length, c.width)}, name='positions')()
         key = self.make_rng('dropout') if self.has_rng('dropout') else None
         return encode(params, ids, c.heads, positions, segments, dropout, key)
 

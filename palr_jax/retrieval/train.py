@@ -28,11 +28,12 @@ from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import ndcg
 from palr_jax.progress import Progress
 from palr_jax.retrieval.candidates import target_ranks
-from palr_jax.retrieval.retriever import TrainedRetriever, user_vectors
-from palr_jax.retrieval.sasrec import Params, SASRec, SasrecConfig, embed_items, init_params
+from palr_jax.retrieval.losses import Loss
+from palr_jax.retrieval.popularity import fit_popularity
+from palr_jax.retrieval.retriever import TrainedRetriever
+from palr_jax.retrieval.sasrec import Params, SASRec, SasrecConfig, init_params
 
 CHECKPOINT = 'training.npz'
-CHUNK = 256  # tokens whose logits are held at once
 
 
 class Rows(NamedTuple):
@@ -93,60 +94,6 @@ def batches(rows: Rows, batch_size: int, seed: int, epoch: int) -> Iterator[Rows
         yield Rows(*(np.pad(field[part], ((0, empty), (0, 0))) for field in rows))
 
 
-@jax.custom_vjp
-def cross_entropy(states: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-    """Mean of -log softmax(states @ table.T)[target] over the tokens that have a target.
-
-    The logits [M, I] are by far the largest array of the training. A chunk of tokens at a time
-    gives its loss and, while its probabilities are at hand, its gradient; nothing is kept.
-
-    Args:
-      states: [M, D].
-      table: [I, D] item vectors.
-      targets: [M] item ids, 0 = none.
-
-    Returns:
-      Sum of the losses / max(number of targets, 1).
-    """
-    return _cross_entropy_fwd(states, table, targets)[0]
-
-
-def _cross_entropy_fwd(
-    states: jax.Array, table: jax.Array, targets: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def chunk(carry, inputs):
-        total, d_table = carry
-        x, target = inputs
-        real, wanted = (target > 0)[:, None], embed_items(table, target)
-        logits = x @ table.T
-        top = logits.max(-1, keepdims=True)
-        exp = jnp.exp(logits - top)
-        partition = exp.sum(-1, keepdims=True)
-        losses = jnp.log(partition) + top - (x * wanted).sum(-1, keepdims=True)
-        probabilities = exp * (real / partition)
-        carry = total + jnp.sum(losses * real), d_table + probabilities.T @ x
-        return carry, probabilities @ table - wanted
-
-    length = len(targets)
-    pad = -length % CHUNK
-    x = jnp.pad(states, ((0, pad), (0, 0))).reshape(-1, CHUNK, states.shape[1])
-    target = jnp.pad(targets, (0, pad)).reshape(-1, CHUNK)
-    (total, d_table), d_states = jax.lax.scan(chunk, (0.0, jnp.zeros_like(table)), (x, target))
-    d_states = d_states.reshape(-1, states.shape[1])[:length]
-    d_table = d_table.at[jnp.maximum(targets, 1) - 1].add(-states * (targets > 0)[:, None])
-    count = jnp.maximum((targets > 0).sum(), 1)
-    return total / count, (d_states / count, d_table / count)
-
-
-def _cross_entropy_bwd(
-    gradients: tuple[jax.Array, jax.Array], d_loss: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    return gradients[0] * d_loss, gradients[1] * d_loss, None
-
-
-cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)
-
-
 def train_sasrec(
     split: Split,
     items: int,
@@ -177,10 +124,15 @@ def train_sasrec(
     rows = pack(cut_sequences(split, config.length), config.length)
     if not len(rows.ids):
         raise InputError('No user has two training items; the retriever has nothing to learn from.')
-    shape = SasrecConfig(items, config.width, config.blocks, config.heads, config.length)
-    optimizer, step = make_step(shape, config.learning_rate, config.dropout)
+    shape = SasrecConfig(
+        config.encoder, items, config.width, config.blocks, config.heads, config.length
+    )
     dropout_key = jax.random.key(seed, impl='unsafe_rbg')  # threefry costs more than the products
     steps = -(-len(rows.ids) // config.batch_size)
+    loss = Loss(config.loss, config.negatives, config.popular_negatives, config.gbce_t)
+    decay_steps = config.epochs * steps if config.schedule == 'cosine' else None
+    optimizer, step = make_step(shape, loss, config.learning_rate, config.dropout, decay_steps)
+    counts = jnp.asarray(fit_popularity(split, items).counts)
     logging.info(
         'SASRec: %d rows of %d tokens (%.1f %% padding), %d steps an epoch',
         *rows.ids.shape,
@@ -204,7 +156,7 @@ def train_sasrec(
             params, moments, losses = state.params, state.moments, []
             for number, batch in enumerate(batches(rows, config.batch_size, seed, epoch)):
                 key = jax.random.fold_in(dropout_key, epoch * steps + number)
-                params, moments, loss = step(params, moments, batch, key)
+                params, moments, loss = step(params, moments, batch, counts, key)
                 losses.append(loss)
                 progress.update(note=_note(log))
             state, mean = _State(params, moments, state.best), float(np.mean(losses))
@@ -228,23 +180,33 @@ def train_sasrec(
 
 @functools.cache
 def make_step(
-    config: SasrecConfig, learning_rate: float, dropout: float
+    config: SasrecConfig,
+    loss: Loss,
+    learning_rate: float,
+    dropout: float,
+    decay_steps: int | None = None,
 ) -> tuple[optax.GradientTransformation, Callable]:
-    """Adam and a jitted (params, moments, Rows of a batch, key) -> (params, moments, loss)."""
-    model = SASRec(config)
-    optimizer = optax.adam(learning_rate, b2=0.98)  # b2 as in the code of SASRec's authors
+    """Adam and a jitted (params, moments, Rows of a batch, counts, key) -> (params, moments, loss).
+
+    The learning rate falls as a cosine to a hundredth at `decay_steps`; None: it stays.
+    """
+    model, rate = SASRec(config), learning_rate
+    if decay_steps is not None:
+        rate = optax.cosine_decay_schedule(learning_rate, decay_steps, alpha=0.01)
+    optimizer = optax.adam(rate, b2=0.98)  # b2 as in the code of SASRec's authors
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, moments: optax.OptState, batch: Rows, key: jax.Array):
+    def step(params: Params, moments: optax.OptState, batch: Rows, counts: jax.Array, key):
         def loss_of(params: Params) -> jax.Array:
             inputs = batch.ids, batch.positions, batch.segments
             states = model.apply({'params': params}, *inputs, dropout, rngs={'dropout': key})
-            table = params['items']['embedding']
-            return cross_entropy(states.reshape(-1, table.shape[1]), table, batch.targets.ravel())
+            states, table = states.reshape(-1, config.width), params['items']['embedding']
+            draws = jax.random.fold_in(key, 1)  # not those of the dropout
+            return loss(states, table, batch.targets.ravel(), counts, draws)
 
-        loss, gradient = jax.value_and_grad(loss_of)(params)
+        value, gradient = jax.value_and_grad(loss_of)(params)
         updates, moments = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), moments, loss
+        return optax.apply_updates(params, updates), moments, value
 
     return optimizer, step
 
@@ -255,7 +217,7 @@ def validation_ndcg(retriever: TrainedRetriever, split: Split, exclude: bool) ->
     if not len(users):
         return None
     histories = [split.history(user, 'valid') for user in users]
-    queries = user_vectors(retriever, histories)
+    queries = retriever.user_vectors(histories)
     targets = split.targets('valid')[users]
     ranks = target_ranks(queries, retriever.item_vectors, targets, histories, exclude)
     return float(ndcg(ranks, 10).mean())

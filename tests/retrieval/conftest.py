@@ -48,12 +48,18 @@ def chain_settings() -> ConfigDict:
     """A `config.retrieval` that learns the chain in seconds."""
     return ConfigDict(
         {
+            'encoder': 'sasrec',
             'width': 16,
             'blocks': 1,
             'heads': 2,
             'length': 8,
             'dropout': 0.1,
+            'loss': 'full_ce',
+            'negatives': 16,
+            'popular_negatives': 0.5,
+            'gbce_t': 0.75,
             'learning_rate': 1e-2,
+            'schedule': 'constant',
             'batch_size': 16,
             'epochs': 12,
             'evaluate_every': 2,

@@ -8,8 +8,7 @@ from palr_jax.evaluation.metrics import hit_rate
 from palr_jax.retrieval import (
     Candidates,
     build_index,
-    item_counts,
-    popularity_queries,
+    fit_popularity,
     read_candidates,
     read_ranks,
     retrieve,
@@ -125,20 +124,19 @@ def test_a_target_that_is_no_item_is_refused():
 def test_popularity_counts_training_events_alone(split_of):
     """Users 1-2-3-4-5, 2-4-1 and 2-1: the last two events of the first two are left out."""
     split = split_of([[1, 2, 3, 4, 5], [2, 4, 1], [2, 1]])
-    assert item_counts(split, 6).tolist() == [2, 3, 1, 0, 0, 0]
-    assert item_counts(split_of([[1]]), 2).tolist() == [1, 0]
+    assert fit_popularity(split, 6).counts.tolist() == [2, 3, 1, 0, 0, 0]
+    assert fit_popularity(split_of([[1]]), 2).counts.tolist() == [1, 0]
 
 
 def test_popularity_goes_the_same_way_as_a_retriever(split_of):
     split = split_of([[1, 2, 3, 4, 5], [2, 4, 1], [2, 1]])
-    counts, users = item_counts(split, 6)[:, None], split.users('test')
+    popularity, users = fit_popularity(split, 6), split.users('test')
     histories = [split.history(u, 'test') for u in users]
-    found = retrieve(build_index(counts), popularity_queries(2), histories, 4, exclude=True)
+    queries, counts = popularity.user_vectors(histories), popularity.item_vectors
+    found = retrieve(build_index(counts), queries, histories, 4, exclude=True)
     assert found.items.tolist() == [[5, 6, -1, -1], [1, 3, 5, 6]]
     assert found.scores.tolist() == [[0, 0, -np.inf, -np.inf], [2, 1, 0, 0]]
-    ranks = target_ranks(
-        popularity_queries(2), counts, split.targets('test')[users], histories, exclude=True
-    )
+    ranks = target_ranks(queries, counts, split.targets('test')[users], histories, exclude=True)
     assert (ranks.greater.tolist(), ranks.ties.tolist()) == ([0, 0], [1, 0])
 
 

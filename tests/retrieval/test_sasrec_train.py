@@ -3,22 +3,18 @@
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import ndcg
 from palr_jax.retrieval import (
-    item_counts,
-    popularity_queries,
+    fit_popularity,
     target_ranks,
     train,
     train_sasrec,
-    user_vectors,
 )
-from palr_jax.retrieval.train import batches, cross_entropy, cut_sequences, pack
+from palr_jax.retrieval.train import batches, cut_sequences, pack
 
 
 def leaves(retriever):
@@ -60,32 +56,6 @@ def test_each_epoch_has_all_rows_in_its_own_order():
     assert orders[0] != orders[1]
 
 
-def test_loss_and_gradient_equal_optax(chain):
-    """In chunks by hand here, in one piece and by automatic differentiation there."""
-    rng = np.random.default_rng(0)
-    states, table = rng.normal(size=(300, 16)), 2 * rng.normal(size=(40, 16))
-    targets = rng.integers(0, 41, 300)
-
-    def reference(states, table):
-        losses = optax.softmax_cross_entropy_with_integer_labels(states @ table.T, targets - 1)
-        return (losses * (targets > 0)).sum() / (targets > 0).sum()
-
-    states, table = states.astype(np.float32), table.astype(np.float32)
-    expected = jax.jit(jax.value_and_grad(reference, (0, 1)))(states, table)
-    found = jax.jit(jax.value_and_grad(cross_entropy, (0, 1)))(states, table, targets)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), found, expected
-    )
-
-
-def test_s03_a_batch_without_targets_has_loss_zero():
-    states, table, targets = jnp.ones((4, 2)), jnp.ones((3, 2)), jnp.zeros(4, int)
-    loss, gradient = jax.value_and_grad(cross_entropy, (0, 1))(states, table, targets)
-    assert loss == 0
-    assert not np.any(gradient[0])
-    assert not np.any(gradient[1])
-
-
 @pytest.fixture(scope='module')
 def trained(chain, chain_settings):
     return train_sasrec(chain, 40, chain_settings, seed=0)
@@ -96,11 +66,12 @@ def test_learns_a_chain(chain, trained):
     histories = [chain.history(u, 'test') for u in users]
     targets = chain.targets('test')[users]
 
-    def score(queries, vectors):
-        return ndcg(target_ranks(queries, vectors, targets, histories, True), 10).mean()
+    def score(retriever):
+        queries = retriever.user_vectors(histories)
+        ranks = target_ranks(queries, retriever.item_vectors, targets, histories, True)
+        return ndcg(ranks, 10).mean()
 
-    popularity = score(popularity_queries(len(users)), item_counts(chain, 40)[:, None])
-    assert score(user_vectors(trained, histories), trained.item_vectors) > max(0.6, 3 * popularity)
+    assert score(trained) > max(0.6, 3 * score(fit_popularity(chain, 40)))
     assert trained.log[-1]['loss'] < trained.log[0]['loss']
 
 
