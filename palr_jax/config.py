@@ -257,6 +257,20 @@ def validate(config: ConfigDict) -> None:
         )
 
 
+def one_of(choices: Mapping[str, Any], name: str, config: str) -> Any:
+    """The choice that a config's argument names, as `paper` in --config=configs/ml1m.py:paper.
+
+    Raises:
+      InputError: there is none of that name.
+    """
+    if name not in choices:
+        raise InputError(
+            f'configs/{config}.py:{name} is not known; allowed after the colon: '
+            f'{", ".join(choices)}.'
+        )
+    return choices[name]
+
+
 def check_name(field: str) -> None:
     """Raises InputError, with the nearest name, unless `field` ('finetune.steps') exists."""
     known = flatten(default_config())

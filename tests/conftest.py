@@ -1,7 +1,13 @@
 """Fixtures that several folders of tests share."""
 
+import importlib.util
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,3 +27,43 @@ def real_data() -> Path:
     if not Path(folder).is_dir():
         pytest.skip(f'PALR_JAX_DATA={folder} is not a folder.')
     return Path(folder)
+
+
+@pytest.fixture(scope='session')
+def tpu_report() -> Callable[[str], Any]:
+    """Runs a program that compiles for TPU chips in a process of its own; returns what it reports.
+
+    The program finds the chips of a v5e:2x2 as `chips` and ends with `report(JSON-able)`.
+    """
+    if importlib.util.find_spec('libtpu') is None:
+        pytest.skip('libtpu is not installed (pip install libtpu)')
+    # Read when jax is imported; without them libtpu looks for a machine with a TPU.
+    environment = {
+        'JAX_PLATFORMS': 'cpu',
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+        'XLA_FLAGS': '',
+        'PYTHONPATH': os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), *sys.path))),
+    }
+    beginning = (
+        'import json\n'
+        'from jax.experimental import topologies\n'
+        "chips = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices\n"
+        "report = lambda found: print('REPORT', json.dumps(found))\n"
+    )
+
+    def run(program: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, '-c', beginning + program],
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.split('REPORT ')[1])
+
+    return run

@@ -6,7 +6,9 @@ serves generation, where a new token attends to keys and values of earlier passe
 
 The G = H / K query heads that share a key-value head are folded into the query axis: [G*T, E] by
 [E, T] is one plain matrix product a key-value head. XLA's CPU backend is slower at the same
-product with a group axis of its own. Logits and softmax are float32.
+product with a group axis of its own. Logits and softmax are float32. `jax.nn.dot_product_attention`
+is not used: it has no blocks, and the log-sum-exp that `OnePass` would join two of them by has no
+gradient. On TPUs long rows go through the splash kernel.
 
 Axis letters: B batch, T tokens, L prompt length, R rows, S row length, H heads, K key-value heads,
 G query heads a key-value head, E head dimension.
@@ -18,6 +20,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from palr_jax.llama import splash
+
+SPLASH_TOKENS = 1024  # rows at least as long go through the splash kernel on TPUs
 BLOCKS, LEAST_BLOCK = 4, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
 MASKED = -1e30  # finite: a row that is masked everywhere has a mean, not NaN
 
@@ -125,7 +130,17 @@ class Cached:
 
 
 def _causal(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
-    """Causal attention within segments [B, T]; the other shapes as in `Causal`.
+    """Causal attention within segments [B, T]; the other shapes as in `Causal`."""
+    if query.shape[1] < SPLASH_TOKENS:
+        return by_blocks(query, key, value, segments)
+    # Chosen when the program is lowered, so that a program for TPUs can be made without one.
+    return jax.lax.platform_dependent(
+        query, key, value, segments, tpu=splash.attend, default=by_blocks
+    )
+
+
+def by_blocks(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """Causal attention with the softmax written out; shapes as in `_causal`.
 
     Each block of queries reads the keys up to its own end, which saves most of the masked half.
     """

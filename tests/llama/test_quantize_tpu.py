@@ -1,32 +1,14 @@
 """Quantised kernels of LLaMA-7B's size compile for a TPU v5e chip, without having one."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytestmark = [pytest.mark.tpu_backend, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
-# Read when jax is imported; without them libtpu looks for a machine with a TPU.
-ENVIRONMENT = {
-    'JAX_PLATFORMS': 'cpu',
-    'TPU_SKIP_MDS_QUERY': '1',
-    'TPU_WORKER_HOSTNAMES': 'localhost',
-    'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
-    'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-}
 PROGRAM = """
-import functools, json
+import functools
 import jax, jax.numpy as jnp, numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from palr_jax.llama import quantize
 
-chips = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
 mesh = jax.sharding.Mesh(np.array(chips[:1]), ('data',), axis_types=(AxisType.Auto,))
 sharding = NamedSharding(mesh, PartitionSpec())
 place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -44,25 +26,13 @@ for kind in ('int8', 'nf4'):
     lowered = products.trace(x, kernels).lower(lowering_platforms=('tpu',))
     memory = lowered.compile().memory_analysis()
     found[kind] = [memory.argument_size_in_bytes, memory.temp_size_in_bytes]
-print('REPORT', json.dumps(found))
+report(found)
 """
 
 
-def test_no_kernel_is_unpacked_outside_its_product():
+def test_no_kernel_is_unpacked_outside_its_product(tpu_report):
     """A kernel has 90 MB in bfloat16, a product 11 MB; codes and scales are all that is stored."""
-    if importlib.util.find_spec('libtpu') is None:
-        pytest.skip('libtpu is not installed (pip install libtpu)')
-    path = os.pathsep.join(filter(None, (str(ROOT), *sys.path)))
-    done = subprocess.run(
-        [sys.executable, '-c', PROGRAM],
-        env=os.environ | ENVIRONMENT | {'PYTHONPATH': path},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    report = json.loads(done.stdout.split('REPORT ')[1])
+    report = tpu_report(PROGRAM)
     weights, activations = 3 * 4096 * 11008, 2 * 512 * 4096
     stored = {'int8': weights + 3 * 4 * 11008, 'nf4': weights // 2 + weights // 64 * 4}
     for kind, (arguments, temporaries) in report.items():

@@ -12,9 +12,13 @@ from palr_jax.retrieval.sasrec import (
     ENCODERS,
     SASRec,
     SasrecConfig,
+    attention_mask,
     distance_bias,
     drop,
     init_params,
+    mix,
+    silu,
+    softmax,
 )
 from palr_jax.retrieval.train import Rows, make_step
 
@@ -52,7 +56,7 @@ def linear(x, at):
     return x @ at['kernel'] + at['bias']
 
 
-def silu(x):
+def silu_of(x):
     return x / (1 + np.exp(-x))
 
 
@@ -79,7 +83,7 @@ def sasrec_by_hand(x, p, heads):
 
 def hstu_by_hand(x, p, heads):
     size = len(x[0]) // heads
-    rows = [silu(linear(norm(v, p['input_norm']), p['hstu']['uqkv'])) for v in x]
+    rows = [silu_of(linear(norm(v, p['input_norm']), p['hstu']['uqkv'])) for v in x]
     u, q, k, v = ([row[i * len(x[0]) : (i + 1) * len(x[0])] for row in rows] for i in range(4))
     out = []
     for t in range(len(x)):
@@ -87,7 +91,7 @@ def hstu_by_hand(x, p, heads):
         for h in range(heads):
             part = slice(h * size, (h + 1) * size)
             weights = [
-                silu(q[t][part] @ k[s][part] / np.sqrt(size) + p['distance']['bias'][h][t - s])
+                silu_of(q[t][part] @ k[s][part] / np.sqrt(size) + p['distance']['bias'][h][t - s])
                 for s in range(t + 1)
             ]
             mixed.append(sum(w * v[s][part] for s, w in enumerate(weights)))
@@ -121,12 +125,24 @@ def test_equals_a_forward_pass_by_hand(encoder, items):
 
 
 def test_distance_bias_by_hand():
-    weights = jnp.array([[1.0, 2, 3], [4, 5, 6]])
-    first, second = distance_bias(weights, 3)
-    assert first.tolist() == [[1, 0, 0], [2, 1, 0], [3, 2, 1]]
-    assert second.tolist() == [[4, 0, 0], [5, 4, 0], [6, 5, 4]]
-    assert distance_bias(weights, 2)[1].tolist() == [[4, 0], [5, 4]]  # a shorter row
-    assert distance_bias(weights, 4)[0, 3].tolist() == [0, 3, 2, 1]  # a longer one
+    """What lies above the diagonal is masked."""
+    first, second = distance_bias(jnp.array([[1.0, 2, 3], [4, 5, 6]]), 3)
+    assert first.tolist() == [[1, 1, 1], [2, 1, 1], [3, 2, 1]]
+    assert second.tolist() == [[4, 4, 4], [5, 4, 4], [6, 5, 4]]
+    assert distance_bias(jnp.array([[4.0, 5, 6]]), 2)[0].tolist() == [[4, 4], [5, 4]]
+
+
+@pytest.mark.parametrize('weigh', [softmax, silu])
+def test_queries_in_blocks_are_as_in_one_piece(weigh):
+    """70 tokens are three blocks of 32, 32 and 6."""
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 2, 2, 70, 4)).astype(np.float32)
+    bias = rng.normal(size=(2, 70, 70)).astype(np.float32)
+    mask = np.asarray(attention_mask(jnp.array(np.sort(rng.integers(0, 3, (2, 70))))))
+    weights = weigh(np.einsum('bhqe,bhte->bhqt', q, k) / 2 + bias, mask[:, None])
+    expected = np.einsum('bhqt,bhte->bhqe', weights, v)
+    found = mix(weigh, *map(jnp.array, (q, k, v)), mask, bias)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_s01_more_padding_in_front_changes_nothing(params):
