@@ -2,9 +2,9 @@
 
     python benchmarks/rank_7b.py --folder=llama7b [--layers=32] [--dtype=bfloat16] [--keep]
 
-The 13.5 GB of bfloat16 safetensors are removed afterwards. Memory is what the process itself holds
-(anonymous pages, sampled twenty times a second); the pages of the mapped file, which the system may
-drop, are not counted. The result is printed and written as JSON where --out says.
+The 13.5 GB of bfloat16 safetensors are removed afterwards. Peaks are of what the process itself
+holds (anonymous pages, sampled twenty times a second); `max_rss_gib` counts everything, the pages
+of mapped files included. The result is printed and written as JSON where --out says.
 """
 
 import argparse

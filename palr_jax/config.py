@@ -57,6 +57,10 @@ def default_config() -> ConfigDict:
     config.data.test_share = 0.1  # of all events, behind the second cut of temporal
 
     config.retrieval = ConfigDict()
+    # What scores the catalogue, of: sequence (SASRec and its kin), covisitation. Several are mixed
+    # with weights from half of the validation users.
+    config.retrieval.systems = ('sequence',)
+    config.retrieval.covisitation_width = 512  # factors of the co-visitation matrix
     # sasrec (positions from the end) | relative (SASRec with a bias by distance) | hstu
     config.retrieval.encoder = 'sasrec'
     config.retrieval.width = 64  # of item vectors
@@ -179,7 +183,11 @@ CHOICES = {
     'ranking.mode': ('title',),
     'ranking.normalize': ('sum', 'token', 'byte'),
 }
-MEMBERS = {'stages': STAGES, 'lora.targets': TARGETS}
+MEMBERS = {
+    'stages': STAGES,
+    'lora.targets': TARGETS,
+    'retrieval.systems': ('sequence', 'covisitation'),
+}
 RANGES = {
     'data.k_core': (0, math.inf),
     'data.valid_share': (0.001, 0.4),

@@ -11,7 +11,7 @@ fine-tuning from its newest checkpoint, ranking from the users scored so far.
 import functools
 import hashlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -215,13 +215,14 @@ def load_data(config: ConfigDict) -> tuple[data.Source, data.Split]:
 
 
 def retrieve_candidates(project: Project) -> None:
-    """`data/` -> `retrieval/`: a trained SASRec, and what it and popularity say of every user."""
+    """`data/` -> `retrieval/`: the retrievers, and what they and popularity say of every user."""
     config, dataset = project.config.retrieval, project.dataset
     split, catalogue = dataset.split, dataset.catalogue
     folder = project.workdir / 'retrieval'
-    trained = retrieval.train_sasrec(split, catalogue.items, config, project.config.seed, folder)
-    retrieval.save(trained, folder)
-    index = retrieval.build_index(trained.item_vectors, config.index)
+    seed, exclude = project.config.seed, config.exclude_history
+    fitted = retrieval.fit_systems(split, catalogue.items, config, seed, folder)
+    mixed = retrieval.mix_systems(fitted, split, exclude, seed, folder)
+    index = retrieval.build_index(mixed.item_vectors, config.index)
     retrieval.save_index(index, folder, retrieval.hash_items(catalogue.raw_ids))
     popularity = retrieval.fit_popularity(split, catalogue.items)
     popular = retrieval.build_index(popularity.item_vectors, 'exact')
@@ -229,21 +230,21 @@ def retrieve_candidates(project: Project) -> None:
     for part in ('valid', 'test'):
         users = split.users(part)
         histories = [split.history(user, part) for user in users]
-        systems = {
-            'popularity': (popular, popularity.user_vectors(histories)),
-            'retriever': (index, trained.user_vectors(histories)),
-        }
-        for system, (searched, queries) in systems.items():
-            exclude = config.exclude_history
+        targets = split.targets(part)[users]
+        ranked = {'popularity': popularity, 'retriever': mixed} | alone(fitted)
+        for system, retriever in ranked.items():
+            queries = retriever.user_vectors(histories)
+            ranks = retrieval.target_ranks(
+                queries, retriever.item_vectors, targets, histories, exclude
+            )
+            retrieval.save_ranks(folder, system, part, users, ranks)
+        for system, searched in (('popularity', popular), ('retriever', index)):
+            queries = ranked[system].user_vectors(histories)
             found = retrieval.retrieve(
                 searched, queries, histories, config.candidates, exclude, users
             )
-            ranks = retrieval.target_ranks(
-                queries, searched.vectors, split.targets(part)[users], histories, exclude
-            )
             retrieval.save_candidates(folder, system, part, found)
-            retrieval.save_ranks(folder, system, part, users, ranks)
-    test_queries = systems['retriever'][1]  # the test part came last
+    test_queries = queries  # the test part and the retriever came last
     test = read_candidates(project, 'test')
     hits = test.items == split.targets('test')[test.users][:, None]
 
@@ -261,6 +262,11 @@ def retrieve_candidates(project: Project) -> None:
             'recall@50': recall(50),
         },
     )
+
+
+def alone(fitted: Mapping[str, Any]) -> dict[str, Any]:
+    """The retrievers that have a row of their own: those of a mix, if it is one."""
+    return dict(fitted) if len(fitted) > 1 else {}
 
 
 def read_candidates(project: Project, part: str) -> Candidates:
@@ -447,11 +453,13 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     config, dataset = project.config, project.dataset
     runs = [full_run(project, system) for system in BASE]
     comparisons = [Comparison(runs[1], runs[0], 'NDCG@10')]
+    parts = [full_run(project, name) for name in alone(dict.fromkeys(config.retrieval.systems))]
+    comparisons += [Comparison(runs[1], part, 'NDCG@10') for part in parts]
     notes, answer_loss = [], None
     timing = {'seconds': ledger.seconds()}
     if project.scores_path('llm_zero_shot', 'test').exists():
         sampled, llm, fusion_note = ranked_runs(project, runs)
-        runs += sampled.values()
+        parts += sampled.values()
         fused, retriever = sampled['fused'], sampled['retriever']
         comparisons += [Comparison(fused, retriever, m) for m in ('NDCG@10', 'HR@10')]
         if 'llm' in sampled:
@@ -467,7 +475,7 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     report = evaluation.build(
         dataset=dataset.record,
         retrieval=storage.read_json(project.workdir / 'retrieval' / 'retrieval.json'),
-        runs=runs,
+        runs=runs + parts,
         comparisons=comparisons,
         timing=timing,
         versions={'python': platform.python_version()}

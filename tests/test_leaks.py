@@ -71,7 +71,7 @@ def made(config, source, split, folder, parts):
     examples = pipeline.training_examples(project, ours)
     tokens, users = pipeline.encode_examples(project, ours)
     found = {
-        'item vectors': retrieval.load(folder / 'retrieval').item_vectors.tolist(),
+        'item vectors': retrieval.load_mix(folder / 'retrieval').item_vectors.tolist(),
         'popularity': retrieval.fit_popularity(split, source.catalogue.items).counts.tolist(),
         'examples': examples,
         'profiles of examples': pipeline.example_profiles(project, examples),

@@ -87,6 +87,20 @@ def test_the_report_has_all_systems_on_the_same_users(finished):
 
 
 @pytest.mark.slow
+def test_the_retrievers_of_a_mix_have_rows_of_their_own(inputs, tmp_path):
+    config = small_config(inputs)
+    config.stages = ('data', 'retrieval', 'report')
+    config.retrieval.systems = ('sequence', 'covisitation')
+    report = pipeline.run(config, tmp_path)
+    systems = [run['system'] for run in report['runs']]
+    assert systems == ['popularity', 'retriever', 'sequence', 'covisitation']
+    assert {run['users'] for run in report['runs']} == {40}
+    compared = [(c['a'], c['b']) for c in report['comparisons']]
+    assert ('retriever', 'covisitation') in compared
+    assert report['retrieval']['recall_vs_exact'] == 1.0
+
+
+@pytest.mark.slow
 def test_all_files_of_the_contract_are_there(finished):
     workdir, report = finished
     for name in (

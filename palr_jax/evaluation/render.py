@@ -9,6 +9,8 @@ Row = Mapping[str, Any]
 SYSTEMS = {
     'popularity': 'Popularity',
     'retriever': 'Retriever',
+    'sequence': 'Sequence model',
+    'covisitation': 'Co-visitation',
     'llm_zero_shot': 'LLM zero-shot',
     'llm': 'LLM fine-tuned',
     'fused': 'Fused',

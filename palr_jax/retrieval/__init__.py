@@ -1,4 +1,4 @@
-"""Retrieval: SASRec and popularity score the whole catalogue, an index finds each user's best.
+"""Retrieval: retrievers score the whole catalogue, an index finds each user's best.
 
 Users and items meet as vectors: a score is a dot product, so everything else works for both."""
 
@@ -21,7 +21,8 @@ from palr_jax.retrieval.index import (
 )
 from palr_jax.retrieval.interface import Retriever
 from palr_jax.retrieval.popularity import Popularity, fit_popularity
-from palr_jax.retrieval.retriever import TrainedRetriever, load, save
+from palr_jax.retrieval.retriever import TrainedRetriever
+from palr_jax.retrieval.systems import fit_systems, load_mix, mix_systems
 from palr_jax.retrieval.train import train_sasrec
 
 __all__ = [
@@ -32,14 +33,15 @@ __all__ = [
     'TrainedRetriever',
     'build_index',
     'fit_popularity',
+    'fit_systems',
     'hash_items',
-    'load',
     'load_index',
+    'load_mix',
+    'mix_systems',
     'read_candidates',
     'read_ranks',
     'recall_against_exact',
     'retrieve',
-    'save',
     'save_candidates',
     'save_index',
     'save_ranks',

@@ -1,6 +1,8 @@
 """The index against NumPy's sort, its backends against each other, and the field cases of ScaNN."""
 
 import importlib.util
+import signal
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ from absl import logging
 
 from palr_jax.errors import InputError
 from palr_jax.retrieval import index as index_module
+from palr_jax.retrieval import retrieve
 from palr_jax.retrieval.index import (
+    ItemIndex,
     build_index,
     hash_items,
     load_index,
@@ -107,6 +111,18 @@ def test_n01_tree_with_a_large_k():
 
 
 @needs_scann
+@pytest.mark.parametrize('leaves', [30, 1200])
+def test_n01_tree_with_a_k_beyond_the_catalogue(leaves):
+    vectors, queries = random(0, 1200, 8), random(1, 3, 8)
+    index = build_index(vectors, 'scann', leaves)
+    assert index.backend == f'scann (tree, {leaves} leaves)'
+    ids, scores = index.search(queries, 1300)
+    np.testing.assert_array_equal(np.sort(ids[:, :1200], 1), [np.arange(1, 1201)] * 3)
+    assert (ids[:, 1200:] == -1).all()
+    assert np.isneginf(scores[:, 1200:]).all()
+
+
+@needs_scann
 def test_n01_tree_whose_leaves_hold_too_few_items(monkeypatch):
     """Most items are twins in one leaf, the rest have a leaf each: ScaNN comes back short."""
     vectors = np.concatenate([np.tile(random(0, 1, 8), (14_700, 1)), 3 * random(1, 300, 8)])
@@ -121,6 +137,38 @@ def test_n01_tree_whose_leaves_hold_too_few_items(monkeypatch):
     assert all(len(set(row)) == 300 for row in ids.tolist())
     best = -np.sort(-(vectors[-3:] @ vectors.T), axis=1)[:, :300]
     assert any(np.allclose(s, b, rtol=1e-4, atol=1e-5) for s, b in zip(scores, best))
+
+
+@needs_scann
+@pytest.mark.parametrize('zeros', [400, 1500])
+def test_n01_tree_of_zero_vectors(zeros):
+    """Items that no training ever moved, among others and alone; some users are zero as well."""
+    vectors, queries = random(0, 1500, 8), random(1, 3, 8)
+    vectors[:zeros] = queries[0] = 0
+    ids, scores = build_index(vectors, 'scann', leaves=40).search(queries, 20)
+    assert all(len(set(row)) == 20 for row in ids.tolist())
+    assert ids.min() >= 1
+    best = -np.sort(-(queries @ vectors.T), 1)[:, :20]
+    np.testing.assert_allclose(scores, best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('kind', [*BACKENDS, pytest.param('tree', marks=needs_scann)])
+def test_s04_a_user_without_history_gets_items(kind):
+    """The zero vector, as SASRec gives: every item is as good, but item 0 is none."""
+    vectors = random(0, 1200, 8)
+    index = build_index(vectors, 'scann', 40) if kind == 'tree' else build_index(vectors, kind)
+    found = retrieve(index, np.zeros((1, 8)), [np.zeros(0, np.int32)], 50, exclude=True)
+    assert len(set(found.items[0].tolist())) == 50
+    assert found.items.min() >= 1
+    assert not found.scores.any()
+
+
+def test_n03_recall_counts_what_exact_search_finds():
+    """Scores 5, 4, 3, 2, 1: of the two best of each user, it finds one and both."""
+    found = np.array([[0, 4], [1, 0]]), np.array([[5, 1], [4, 5]], np.float32)
+    vectors = np.array([[5], [4], [3], [2], [1]], np.float32)
+    index = ItemIndex(vectors, 'by hand', {}, lambda queries, k: found)
+    assert recall_against_exact(index, np.ones((2, 1)), 2) == 0.75
 
 
 @needs_scann
@@ -191,6 +239,38 @@ def test_n06_saved_index_knows_its_item_table(backend, tmp_path):
         load_index(tmp_path, hash_items(raw_ids[::-1]))
     with pytest.raises(InputError, match='does not exist'):
         load_index(tmp_path / 'nowhere', hash_items(raw_ids))
+
+
+def test_a_save_that_is_killed_leaves_the_old_index(tmp_path):
+    """SIGKILL where the new file is written and not yet renamed; the next save works as ever."""
+    vectors, queries = random(0, 50, 8), random(1, 4, 8)
+    index, of_items = build_index(vectors, 'exact'), hash_items(['', 'a'])
+    save_index(index, tmp_path, of_items)
+    killed = """
+import os, signal, sys
+import numpy as np
+from palr_jax.retrieval.index import build_index, save_index
+os.rename = os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
+save_index(build_index(np.ones((9, 3)), 'exact'), sys.argv[1], sys.argv[2])
+"""
+    command = [sys.executable, '-c', killed, str(tmp_path), of_items]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert len(left) == 2  # the index and what the killed process had written
+    loaded = load_index(tmp_path, of_items)
+    np.testing.assert_array_equal(loaded.search(queries, 7)[0], index.search(queries, 7)[0])
+    save_index(build_index(vectors[:9], 'exact'), tmp_path, of_items)
+    assert len(load_index(tmp_path, of_items).vectors) == 9
+
+
+@pytest.mark.parametrize('size', [0, 100, 1500])
+def test_half_an_index_file_is_refused(size, tmp_path):
+    save_index(build_index(random(0, 50, 8), 'exact'), tmp_path, 'items')
+    path = tmp_path / 'index.npz'
+    assert size < path.stat().st_size
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=r'index\.npz: this file is damaged'):
+        load_index(tmp_path, 'items')
 
 
 def test_hash_of_an_item_table_sees_where_an_id_ends():

@@ -9,11 +9,10 @@ from palr_jax.errors import InputError
 from palr_jax.retrieval import (
     TrainedRetriever,
     build_index,
-    load,
     retrieve,
-    save,
 )
 from palr_jax.retrieval import retriever as retriever_module
+from palr_jax.retrieval.retriever import load, save
 from palr_jax.retrieval.sasrec import SASRec, SasrecConfig, init_params
 
 CONFIG = SasrecConfig('sasrec', items=30, width=8, blocks=1, heads=2, length=11)

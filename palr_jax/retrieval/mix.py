@@ -1,0 +1,243 @@
+"""Several retrievers as one: a weighted sum of their standardised scores, still a dot product.
+
+A user's scores under one retriever have a mean and a standard deviation over the catalogue. Both
+follow from the vectors, no score is computed: with the item vectors centred and C their covariance,
+the mean is 0 and the deviation of u's scores is sqrt(u^T C u). So the concatenation of
+
+    weight * u / sqrt(u^T C u)   for the user,   the centred v   for the item,
+
+over the retrievers has the weighted sum of the z-scores as its dot product, and one index finds the
+best of it. A retriever that says nothing of a user (a zero vector, equal scores) adds nothing.
+
+Where there are lists but no vectors, `reciprocal_rank` fuses the lists.
+
+Axes: U' the users at hand, I items, D width of one retriever or the sum of several, C candidates.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from etils import epath
+
+from palr_jax import storage
+from palr_jax.data.splits import Split
+from palr_jax.errors import InputError
+from palr_jax.evaluation.metrics import TargetRanks, ndcg
+from palr_jax.retrieval.candidates import Candidates, target_ranks
+from palr_jax.retrieval.interface import Retriever
+
+FORMAT = 1
+FILE = 'mix.json'
+SHARES = tuple(share / 10 for share in range(11))  # tried for each retriever, 0 and 1 included
+BLOCK = 2**14  # item vectors held in float64 at once
+ROUNDS = 3  # over the retrievers, unless nothing changes before
+
+Weights = tuple[float, ...]  # one a retriever, in their order
+
+
+def ndcg_at_10(ranks: TargetRanks) -> np.ndarray:
+    """[U'], what the weights are chosen by."""
+    return ndcg(ranks, 10)
+
+
+def center(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Item vectors [I, D] -> minus their mean [I, D] float32, and their covariance [D, D]."""
+    vectors = np.asarray(vectors, np.float32)
+    # The float32 mean of equal numbers is that number: they become 0, not a spread of 1e-17.
+    centred = vectors - vectors.mean(0, dtype=np.float64).astype(np.float32)
+    blocks = (centred[at : at + BLOCK].astype(np.float64) for at in range(0, len(centred), BLOCK))
+    return centred, sum(block.T @ block for block in blocks) / len(centred)
+
+
+def standardize(queries: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """User vectors whose scores have a standard deviation of 1 over the catalogue.
+
+    Args:
+      queries: [U', D].
+      covariance: [D, D] of the item vectors.
+
+    Returns:
+      [U', D] float32; zero where the scores do not differ.
+    """
+    queries = np.asarray(queries, np.float64)
+    spread = np.sqrt(np.maximum((queries @ covariance * queries).sum(1), 0))
+    # The spread is at most this (Cauchy-Schwarz); far below, it is the rounding of the vectors.
+    most = np.linalg.norm(queries, axis=1) * np.sqrt(np.trace(covariance))
+    scale = np.divide(1, spread, out=np.zeros_like(spread), where=spread > 1e-6 * most)
+    return (queries * scale[:, None]).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Retrievers and their weights; itself a `Retriever`.
+
+    Retrievers of weight 0 are not asked. One alone is what it was before, to the bit.
+
+    Attributes:
+      weights: not negative, not all 0; only their ratios matter for the order of the items.
+    """
+
+    retrievers: tuple[Retriever, ...]
+    weights: Weights
+
+    def __post_init__(self) -> None:
+        weights = np.array(self.weights, float)
+        if len(weights) != len(self.retrievers) or not (weights >= 0).all() or not weights.any():
+            raise InputError(
+                f'The weights of {len(self.retrievers)} retrievers are {self.weights}; allowed: '
+                'one each, none negative, not all 0.'
+            )
+
+    @functools.cached_property
+    def _members(self) -> list[tuple[Retriever, float]]:
+        return [(r, w) for r, w in zip(self.retrievers, self.weights) if w]
+
+    @functools.cached_property
+    def _centred(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [center(retriever.item_vectors) for retriever, _ in self._members]
+
+    @functools.cached_property
+    def item_vectors(self) -> np.ndarray:
+        """[I, D] float32."""
+        if len(self._members) == 1:
+            return self._members[0][0].item_vectors
+        return np.concatenate([vectors for vectors, _ in self._centred], 1)
+
+    def user_vectors(self, histories: Sequence[np.ndarray]) -> np.ndarray:
+        """[U', D] float32; an empty history has the zero vector if all retrievers say so."""
+        if len(self._members) == 1:
+            return self._members[0][0].user_vectors(histories)
+        parts = [
+            weight * standardize(retriever.user_vectors(histories), covariance)
+            for (retriever, weight), (_, covariance) in zip(self._members, self._centred)
+        ]
+        return np.concatenate(parts, 1, dtype=np.float32)
+
+
+def choose_weights(
+    retrievers: Sequence[Retriever],
+    split: Split,
+    users: np.ndarray,
+    exclude: bool,
+    metric: Callable[[TargetRanks], np.ndarray] = ndcg_at_10,
+) -> tuple[Weights, dict[Weights, float]]:
+    """The weights of the largest mean `metric` on validation targets, and all that was tried.
+
+    Each retriever alone comes first. From the best of them, one retriever after the other gets the
+    share of `SHARES` that is best for it while the others keep their ratios, until a round changes
+    nothing; for two retrievers that is the whole grid. Of equals, fewer retrievers win.
+
+    Args:
+      users: dense users with a validation target.
+      exclude: whether items of the history are left out of the ranking.
+
+    Returns:
+      Weights that sum to 1, and the mean of the metric for each tried.
+
+    Raises:
+      InputError: there is no retriever or no user, or a user has no validation target.
+    """
+    if not len(retrievers) or not len(users):
+        raise InputError(
+            f'Weights are chosen for {len(retrievers)} retrievers on {len(users)} validation '
+            'users; at least one of each is needed.'
+        )
+    histories = [split.history(user, 'valid') for user in users]
+    targets = split.targets('valid')[users]
+    plain = [(r.user_vectors(histories), r.item_vectors) for r in retrievers]
+    centred = [center(vectors) for _, vectors in plain]
+    scaled = [standardize(q, covariance) for (q, _), (_, covariance) in zip(plain, centred)]
+    means: dict[Weights, float] = {}
+
+    def worth(weights: Weights) -> tuple[float, int]:
+        if weights not in means:
+            members = np.flatnonzero(weights)
+            if len(members) == 1:
+                queries, vectors = plain[members[0]]
+            else:
+                queries = np.concatenate([weights[m] * scaled[m] for m in members], 1)
+                vectors = np.concatenate([centred[m][0] for m in members], 1)
+            ranks = target_ranks(queries, vectors, targets, histories, exclude)
+            means[weights] = float(metric(ranks).mean())
+        return means[weights], -np.count_nonzero(weights)
+
+    count = len(retrievers)
+    alone = [tuple(float(i == j) for j in range(count)) for i in range(count)]
+    best = max(alone, key=worth)
+    for _ in range(ROUNDS):
+        before = best
+        for place in range(count):
+            if best != alone[place]:  # the others of a lone retriever have no ratios to keep
+                best = max([best, *(_with_share(best, place, s) for s in SHARES)], key=worth)
+        if best == before:
+            break
+    return best, means
+
+
+def _with_share(weights: Weights, place: int, share: float) -> Weights:
+    """One weight set, the others scaled so that the sum is 1."""
+    others = (1 - share) / (1 - weights[place])
+    scaled = [round(float(weight * others), 6) for weight in weights]
+    return *scaled[:place], share, *scaled[place + 1 :]
+
+
+def reciprocal_rank(
+    lists: Sequence[Candidates], weights: Sequence[float], k0: float = 60
+) -> Candidates:
+    """Fuses lists by the sum of weight / (k0 + rank), ranks from 1.
+
+    Cormack, Clarke and Büttcher (2009), with a weight a list. An item that a list lacks gets
+    nothing from it, a list of weight 0 names none; equal sums come in the order of item ids.
+
+    Args:
+      lists: candidates of the same users, best first.
+      weights: one a list.
+
+    Returns:
+      Lists as wide as the widest given.
+
+    Raises:
+      InputError: the lists are of different users, or the weights do not fit.
+    """
+    if not lists or len(weights) != len(lists) or min(weights) < 0 or not any(weights):
+        raise InputError(
+            f'{len(lists)} lists have the weights {tuple(weights)}; allowed: one list or more, one '
+            'weight each, none negative, not all 0.'
+        )
+    users, width = lists[0].users, max(each.items.shape[1] for each in lists)
+    if not all(np.array_equal(each.users, users) for each in lists):
+        raise InputError('The lists to be fused are of different users, or in another order.')
+    fused_items = np.full((len(users), width), -1, np.int32)
+    fused_scores = np.full((len(users), width), -np.inf, np.float32)
+    items = np.concatenate([each.items for each in lists], 1)
+    ranks = np.concatenate([np.cumsum(each.items > 0, 1) for each in lists], 1)
+    gains = np.repeat(weights, [each.items.shape[1] for each in lists]) / (k0 + ranks)
+    for row in range(len(users)):
+        ids, place = np.unique(items[row], return_inverse=True)
+        # float32, so that the order of addition does not part equal sums.
+        sums = np.bincount(place, gains[row]).astype(np.float32)
+        best = np.argsort(-sums, kind='stable')
+        best = best[(ids[best] > 0) & (sums[best] > 0)][:width]
+        fused_items[row, : len(best)], fused_scores[row, : len(best)] = ids[best], sums[best]
+    return Candidates(users, fused_items, fused_scores)
+
+
+def save_weights(weights: Mapping[str, float], folder: epath.PathLike) -> None:
+    """Writes `mix.json`: the weights by the names of their retrievers."""
+    storage.write_json(epath.Path(folder) / FILE, {'format': FORMAT, 'weights': dict(weights)})
+
+
+def load_weights(folder: epath.PathLike) -> dict[str, float]:
+    """Reads what `save_weights` wrote.
+
+    Raises:
+      InputError: the file is missing, damaged or of another format.
+    """
+    path = epath.Path(folder) / FILE
+    stored = storage.read_json(path)
+    if not isinstance(stored, dict) or stored.get('format') != FORMAT:
+        found = stored.get('format') if isinstance(stored, dict) else None
+        raise InputError(f'{path}: format is {found}; this version reads {FORMAT}.')
+    return {name: float(weight) for name, weight in stored['weights'].items()}
