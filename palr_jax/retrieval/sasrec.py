@@ -1,7 +1,9 @@
-"""SASRec (Kang and McAuley, 2018, arXiv 1808.09781): a causal Transformer over a user's items.
+"""SASRec (Kang and McAuley, 2018, arXiv 1808.09781) and its kin: causal models of a user's items.
 
-The mathematics are the plain functions here; the Linen modules at the end only declare parameters.
-Three things are built so that they cannot go wrong:
+`sasrec` is a Transformer with a vector for each position. `relative` has a learnt bias by distance
+in its place: every token of a training row then stands where the last one of a history stands.
+`hstu` has that bias and other layers. The mathematics are the plain functions here; the Linen
+modules at the end only declare parameters. Three things are built so that they cannot go wrong:
 
 * Item ids are 1 … I and 0 is padding. The table holds the I items alone: padding is looked up as a
   zero vector, and it cannot be recommended because it has no logit.
@@ -9,7 +11,7 @@ Three things are built so that they cannot go wrong:
 * A token attends to itself and to earlier tokens of its own segment. That is the causal mask, the
   padding mask and what keeps several histories in one row apart, and no row of it is ever empty.
 
-Unlike the paper's, the blocks are pre-norm in queries, keys and values alike.
+Unlike the paper's, the blocks of SASRec are pre-norm in queries, keys and values alike.
 
 Axes: B rows, T tokens of a row, D width, H heads, F hidden width (4 D), I items.
 """
