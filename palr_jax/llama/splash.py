@@ -7,6 +7,7 @@ with.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,15 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Arr
     """As `attention.Causal`: query [B, T, H, E], key and value [B, T, K, E] -> [B, T, H, E].
 
     XLA cannot divide a kernel among devices, so under a mesh (`jax.set_mesh`) each device is told
-    its own part: rows lie over the axes `data` and `fsdp`, heads over `tensor` where it divides the
-    key-value heads. Nothing is communicated.
+    its own part: rows lie over the axes `data` and `fsdp`, heads over `tensor`, each where that
+    divides; else every device computes them all. Nothing is communicated.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return _on_one_device(query, key, value, segments)
     rows = tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+    if len(query) % math.prod(mesh.shape[axis] for axis in rows):
+        rows = None
     heads = HEAD_AXIS if key.shape[2] % mesh.shape.get(HEAD_AXIS, key.shape[2] + 1) == 0 else None
     tokens = PartitionSpec(rows, None, heads)
     return jax.shard_map(

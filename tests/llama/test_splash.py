@@ -67,6 +67,23 @@ def test_only_long_rows_ask_for_the_kernel(monkeypatch):
     assert asked == [(2, 64, 2, 8)]
 
 
+@pytest.mark.parametrize('rows', [1, 2, 4])
+def test_rows_that_do_not_divide_the_mesh_are_computed_everywhere(monkeypatch, rows):
+    """The kernel is traced on every platform, so a last small batch must not fail anywhere."""
+    monkeypatch.setattr(attention, 'SPLASH_TOKENS', 64)
+    query, key, value, segments, _ = draw(64, 2, 2, 8)
+    query, key, value, segments = (
+        jnp.tile(x, (2, *(1,) * (x.ndim - 1)))[:rows] for x in (query, key, value, segments)
+    )
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ('data', 'fsdp'), axis_types=auto, devices=jax.devices()[:4])
+    expected = by_blocks(query, key, value, segments)
+    with jax.set_mesh(mesh):
+        plan = attention.Causal(segments)
+        found = jax.jit(lambda *heads, plan=plan: plan(*heads))(query, key, value)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 PROGRAM = """
 import re
 import jax, jax.numpy as jnp, numpy as np
