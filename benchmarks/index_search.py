@@ -218,8 +218,8 @@ def report(name: str, cells: dict[str, dict[str, Any]]) -> None:
     for method, cell in cells.items():
         start = f'{method:21}{cell["build_seconds"]:8.1f}{cell["mib"]:6}'
         shown = [(f'>= {target}', fastest(cell['settings'], target)) for target in TARGETS]
-        if len(cell['settings']) == 1:
-            shown = [('', cell['settings'][0])]
+        if shown[0][1] == shown[1][1] is not None:
+            shown = shown[1:]
         for target, setting in shown:
             if setting is None:
                 best = max(setting['recall'] for setting in cell['settings'])
@@ -231,17 +231,11 @@ def report(name: str, cells: dict[str, dict[str, Any]]) -> None:
                 )
             start = ' ' * len(start)
     for target in TARGETS:
+        found = {m: fastest(cell['settings'], target) for m, cell in cells.items()}
         best = {
-            group: max(
-                found['queries_per_second']
-                for method, cell in cells.items()
-                if method in methods and (found := fastest(cell['settings'], target))
-            )
-            for group, methods in (
-                ('scann', ('palr_jax', 'scann')),
-                ('faiss', [method for method in cells if method.startswith('faiss')]),
-            )
-            if any(fastest(cells[m]['settings'], target) for m in methods if m in cells)
+            side: max(s['queries_per_second'] for m, s in found.items() if s and side in m)
+            for side in ('scann', 'faiss')
+            if any(s and side in m for m, s in found.items())
         }
         if len(best) == 2:
             ratio = best['scann'] / best['faiss']

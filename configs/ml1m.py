@@ -16,11 +16,15 @@ from ml_collections import ConfigDict
 from palr_jax.config import default_config, one_of
 
 STRONG = {
+    'systems': ('sequence', 'covisitation'),
     'encoder': 'hstu',
+    'width': 128,
     'blocks': 4,
+    'heads': 4,
     'length': 200,  # half of the users have 96 events or more
+    'dropout': 0.3,
     'schedule': 'cosine',
-    'epochs': 40,
+    'epochs': 24,
     'evaluate_every': 4,
 }
 PAPER = {'encoder': 'sasrec', 'loss': 'bce', 'length': 200, 'epochs': 100}
