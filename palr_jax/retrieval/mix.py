@@ -9,9 +9,7 @@ the mean is 0 and the deviation of u's scores is sqrt(u^T C u). So the concatena
 over the retrievers has the weighted sum of the z-scores as its dot product, and one index finds the
 best of it. A retriever that says nothing of a user (a zero vector, equal scores) adds nothing.
 
-Where there are lists but no vectors, `reciprocal_rank` fuses the lists.
-
-Axes: U' the users at hand, I items, D width of one retriever or the sum of several, C candidates.
+Axes: U' the users at hand, I items, D width of one retriever or the sum of several.
 """
 
 import functools
@@ -25,7 +23,7 @@ from palr_jax import storage
 from palr_jax.data.splits import Split
 from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import TargetRanks, ndcg
-from palr_jax.retrieval.candidates import Candidates, target_ranks
+from palr_jax.retrieval.candidates import target_ranks
 from palr_jax.retrieval.interface import Retriever
 
 FORMAT = 1
@@ -181,47 +179,6 @@ def _with_share(weights: Weights, place: int, share: float) -> Weights:
     others = (1 - share) / (1 - weights[place])
     scaled = [round(float(weight * others), 6) for weight in weights]
     return *scaled[:place], share, *scaled[place + 1 :]
-
-
-def reciprocal_rank(
-    lists: Sequence[Candidates], weights: Sequence[float], k0: float = 60
-) -> Candidates:
-    """Fuses lists by the sum of weight / (k0 + rank), ranks from 1.
-
-    Cormack, Clarke and Büttcher (2009), with a weight a list. An item that a list lacks gets
-    nothing from it, a list of weight 0 names none; equal sums come in the order of item ids.
-
-    Args:
-      lists: candidates of the same users, best first.
-      weights: one a list.
-
-    Returns:
-      Lists as wide as the widest given.
-
-    Raises:
-      InputError: the lists are of different users, or the weights do not fit.
-    """
-    if not lists or len(weights) != len(lists) or min(weights) < 0 or not any(weights):
-        raise InputError(
-            f'{len(lists)} lists have the weights {tuple(weights)}; allowed: one list or more, one '
-            'weight each, none negative, not all 0.'
-        )
-    users, width = lists[0].users, max(each.items.shape[1] for each in lists)
-    if not all(np.array_equal(each.users, users) for each in lists):
-        raise InputError('The lists to be fused are of different users, or in another order.')
-    fused_items = np.full((len(users), width), -1, np.int32)
-    fused_scores = np.full((len(users), width), -np.inf, np.float32)
-    items = np.concatenate([each.items for each in lists], 1)
-    ranks = np.concatenate([np.cumsum(each.items > 0, 1) for each in lists], 1)
-    gains = np.repeat(weights, [each.items.shape[1] for each in lists]) / (k0 + ranks)
-    for row in range(len(users)):
-        ids, place = np.unique(items[row], return_inverse=True)
-        # float32, so that the order of addition does not part equal sums.
-        sums = np.bincount(place, gains[row]).astype(np.float32)
-        best = np.argsort(-sums, kind='stable')
-        best = best[(ids[best] > 0) & (sums[best] > 0)][:width]
-        fused_items[row, : len(best)], fused_scores[row, : len(best)] = ids[best], sums[best]
-    return Candidates(users, fused_items, fused_scores)
 
 
 def save_weights(weights: Mapping[str, float], folder: epath.PathLike) -> None:
