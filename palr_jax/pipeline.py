@@ -517,7 +517,10 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
         runs=runs + parts,
         comparisons=comparisons,
         timing=timing,
-        versions={'python': platform.python_version()}
+        versions={
+            'python': platform.python_version(),
+            'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        }
         | {name: metadata.version(name) for name in VERSIONS if _installed(name)},
         seed=config.seed,
         candidates=config.ranking.candidates,
