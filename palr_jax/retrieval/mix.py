@@ -13,6 +13,7 @@ Axes: U' the users at hand, I items, D width of one retriever or the sum of seve
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,14 +24,12 @@ from palr_jax import storage
 from palr_jax.data.splits import Split
 from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import TargetRanks, ndcg
-from palr_jax.retrieval.candidates import target_ranks
+from palr_jax.retrieval.candidates import mixture_ranks
 from palr_jax.retrieval.interface import Retriever
 
 FORMAT = 1
 FILE = 'mix.json'
-SHARES = tuple(share / 10 for share in range(11))  # tried for each retriever, 0 and 1 included
 BLOCK = 2**14  # item vectors held in float64 at once
-ROUNDS = 3  # over the retrievers, unless nothing changes before
 
 Weights = tuple[float, ...]  # one a retriever, in their order
 
@@ -123,9 +122,7 @@ def choose_weights(
 ) -> tuple[Weights, dict[Weights, float]]:
     """The weights of the largest mean `metric` on validation targets, and all that was tried.
 
-    Each retriever alone comes first. From the best of them, one retriever after the other gets the
-    share of `SHARES` that is best for it while the others keep their ratios, until a round changes
-    nothing; for two retrievers that is the whole grid. Of equals, fewer retrievers win.
+    All weights in tenths that sum to 1 are tried; of equals, fewer retrievers win.
 
     Args:
       users: dense users with a validation target.
@@ -143,42 +140,17 @@ def choose_weights(
             'users; at least one of each is needed.'
         )
     histories = [split.history(user, 'valid') for user in users]
+    parts = []
+    for retriever in retrievers:
+        vectors, covariance = center(retriever.item_vectors)
+        parts.append((standardize(retriever.user_vectors(histories), covariance), vectors))
+    tenths = itertools.product(range(11), repeat=len(retrievers))
+    grid = [tuple(n / 10 for n in share) for share in tenths if sum(share) == 10]
     targets = split.targets('valid')[users]
-    plain = [(r.user_vectors(histories), r.item_vectors) for r in retrievers]
-    centred = [center(vectors) for _, vectors in plain]
-    scaled = [standardize(q, covariance) for (q, _), (_, covariance) in zip(plain, centred)]
-    means: dict[Weights, float] = {}
-
-    def worth(weights: Weights) -> tuple[float, int]:
-        if weights not in means:
-            members = np.flatnonzero(weights)
-            if len(members) == 1:
-                queries, vectors = plain[members[0]]
-            else:
-                queries = np.concatenate([weights[m] * scaled[m] for m in members], 1)
-                vectors = np.concatenate([centred[m][0] for m in members], 1)
-            ranks = target_ranks(queries, vectors, targets, histories, exclude)
-            means[weights] = float(metric(ranks).mean())
-        return means[weights], -np.count_nonzero(weights)
-
-    count = len(retrievers)
-    alone = [tuple(float(i == j) for j in range(count)) for i in range(count)]
-    best = max(alone, key=worth)
-    for _ in range(ROUNDS):
-        before = best
-        for place in range(count):
-            if best != alone[place]:  # the others of a lone retriever have no ratios to keep
-                best = max([best, *(_with_share(best, place, s) for s in SHARES)], key=worth)
-        if best == before:
-            break
+    ranks = mixture_ranks(parts, grid, targets, histories, exclude)
+    means = {weights: float(metric(of_users).mean()) for weights, of_users in zip(grid, ranks)}
+    best = max(means, key=lambda weights: (means[weights], -np.count_nonzero(weights)))
     return best, means
-
-
-def _with_share(weights: Weights, place: int, share: float) -> Weights:
-    """One weight set, the others scaled so that the sum is 1."""
-    others = (1 - share) / (1 - weights[place])
-    scaled = [round(float(weight * others), 6) for weight in weights]
-    return *scaled[:place], share, *scaled[place + 1 :]
 
 
 def save_weights(weights: Mapping[str, float], folder: epath.PathLike) -> None:
