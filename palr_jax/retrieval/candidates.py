@@ -156,7 +156,7 @@ def _count(
     targets: jax.Array,
     ranked: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """M [B, D] and [I, D], [G, M], [B], [B, I] bool -> greater, ties [G, B] (with itself), finite."""
+    """Of M queries [B, D] and vectors [I, D], G sums: greater, ties and itself [G, B]; finite."""
     scores = [jnp.matmul(q, v.T, precision='highest') for q, v in zip(queries, vectors)]
 
     def count(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
