@@ -1,0 +1,1 @@
+"""Meshes, sharding rules and runs of several processes."""
