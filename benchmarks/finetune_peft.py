@@ -15,7 +15,6 @@ The interpreter of --torch-python needs torch, transformers and peft alone.
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import Side, serve
+from sides import Side, report, serve
 
 RANK, ALPHA, TARGETS = 8, 16.0, ('q', 'v')
 LEARNING_RATE, CLIP = 3e-4, 1.0
@@ -216,22 +215,6 @@ def write_inputs(folder: Path, data: str, users: int, length: int) -> dict[str, 
     return about
 
 
-def report(result: dict[str, Any]) -> None:
-    """Adds medians and ratios, and prints them."""
-    for system in result['systems'].values():
-        rates = [run['tokens_per_second'] for run in system['runs']]
-        system['tokens_per_second'] = statistics.median(rates)
-    ours = result['systems'][OURS]['tokens_per_second']
-    print(f'{"system":30} {"tokens/s":>9} {"lowest":>8} {"highest":>8} {"palr_jax / it":>14}')
-    for name, system in result['systems'].items():
-        rates = [run['tokens_per_second'] for run in system['runs']]
-        system['ratio'] = round(ours / system['tokens_per_second'], 3)
-        print(
-            f'{name:30} {system["tokens_per_second"]:9.1f} {min(rates):8.1f} {max(rates):8.1f} '
-            f'{system["ratio"]:14.2f}'
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', required=True, help='ml-1m.zip or its folder')
@@ -283,7 +266,7 @@ def main() -> None:
                 print(f'{number + 1}: {system}: {answer}', flush=True)
         for side in sides.values():
             side.close()
-    report(result)
+    report(result, OURS, 'tokens/s')
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + '\n')
 

@@ -16,7 +16,6 @@ runs in the one that runs this script. All steps of all systems learn from about
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import Side, serve
+from sides import Side, report, serve
 
 WIDTH, BLOCKS, HEADS, DROPOUT = 64, 2, 2, 0.2
 LEARNING_RATE, BETAS = 1e-3, (0.9, 0.98)
@@ -336,22 +335,6 @@ def choose(
     return systems
 
 
-def report(result: dict[str, Any]) -> None:
-    """Adds medians and ratios, and prints them."""
-    for system in result['systems'].values():
-        rates = [run['tokens_per_second'] for run in system['runs']]
-        system['tokens_per_second'] = statistics.median(rates)
-    ours = result['systems'][OURS]['tokens_per_second']
-    print(f'\n{"system":42} {"items/s":>9} {"lowest":>9} {"highest":>9} {"palr_jax / it":>14}')
-    for name, system in result['systems'].items():
-        rates = [run['tokens_per_second'] for run in system['runs']]
-        system['ratio'] = round(ours / system['tokens_per_second'], 3)
-        print(
-            f'{name:42} {system["tokens_per_second"]:9,.0f} {min(rates):9,.0f} {max(rates):9,.0f} '
-            f'{system["ratio"]:14.2f}'
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', help='ml-1m.zip or its folder')
@@ -389,7 +372,7 @@ def main() -> None:
                 arguments.out.write_text(json.dumps(result, indent=1) + '\n')
         for side in sides.values():
             side.close()
-    report(result)
+    report(result, OURS, 'items/s')
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + '\n')
 

