@@ -104,11 +104,6 @@ class Machines:
         nodes = [f'--node={node}'] if self.queued else []
         return self.gcloud('ssh', self.name, *nodes, f'--worker={worker}', f'--command={script}')
 
-    def scp(self, path: Path) -> list[str]:
-        """Copies a file into the home folder of every worker."""
-        nodes = ['--node=all'] if self.queued else []
-        return self.gcloud('scp', str(path), f'{self.name}:', *nodes, '--worker=all')
-
 
 def main(own: list[str], arguments: list[str]) -> int:
     options = _parser().parse_args(own)
@@ -130,14 +125,14 @@ def run(machines: Machines, options: argparse.Namespace, arguments: list[str]) -
     command = palr(arguments, '.venv/bin/python')
     if options.env:
         command = ['env', *options.env, *command]
-    create = _create(machines, options)
-    origin = _source(machines, options)
+    request = _create(machines, options)
+    origin = _origin(machines, options)
     for attempt in range(options.max_retries + 1):
         if attempt:
             shell.say(f'{machines.name} was preempted: retry {attempt} of {options.max_retries}')
-        if not _bring_up(machines, create):
+        if not _bring_up(machines, request):
             continue
-        _send(machines, options)
+        _copy(machines, options)
         status = shell.run(machines.ssh(start_script(origin, command)))
         if status == BUSY:
             raise LaunchError(f'{machines.name} is at work on another run: see above.')
@@ -153,10 +148,11 @@ def run(machines: Machines, options: argparse.Namespace, arguments: list[str]) -
 
 def create(machines: Machines, options: argparse.Namespace, _: list[str]) -> int:
     """Creates the machines and installs palr_jax, for work by hand."""
-    origin = _source(machines, options)
-    if not _bring_up(machines, _create(machines, options)):
+    request = _create(machines, options)
+    origin = _origin(machines, options)
+    if not _bring_up(machines, request):
         raise LaunchError(f'{machines.name} was preempted before it was ready.')
-    _send(machines, options)
+    _copy(machines, options)
     return machines.shell.run(machines.ssh(_install(origin)))
 
 
@@ -263,24 +259,28 @@ def _interrupted(machines: Machines, status: int) -> bool:
     return machines.state(dry='ACTIVE').name not in READY
 
 
-def _source(machines: Machines, options: argparse.Namespace) -> tuple[str, str]:
-    """What the workers fetch: a git address, or the bundle that `_send` copies to them."""
+def _origin(machines: Machines, options: argparse.Namespace) -> tuple[str, str]:
+    """The git address and revision that the workers fetch; with --copy, those of a bundle."""
+    if not options.copy:
+        return source(options.repository, options.revision)
+    revision = options.revision or 'HEAD'
+    bundle = _bundle(machines)
+    command = ['git', '-C', str(ROOT), 'bundle', 'create', '--quiet', str(bundle), revision]
+    machines.shell.must(command, 'The code could not be packed')
+    return f'../{bundle.name}', revision
+
+
+def _copy(machines: Machines, options: argparse.Namespace) -> None:
+    """Copies the bundle into the home folder of every worker."""
     if options.copy:
-        return f'../{_bundle(machines).name}', options.revision or 'HEAD'
-    return source(options.repository, options.revision)
+        nodes = ['--node=all'] if machines.queued else []
+        bundle, home = str(_bundle(machines)), f'{machines.name}:'
+        command = machines.gcloud('scp', bundle, home, *nodes, '--worker=all')
+        machines.shell.must(command, f'The code could not be copied to {machines.name}')
 
 
 def _bundle(machines: Machines) -> Path:
     return Path(tempfile.gettempdir()) / f'palr_jax-{machines.name}.bundle'
-
-
-def _send(machines: Machines, options: argparse.Namespace) -> None:
-    if not options.copy:
-        return
-    bundle = _bundle(machines)
-    make = ['git', '-C', str(ROOT), 'bundle', 'create', '--quiet', str(bundle)]
-    machines.shell.must([*make, options.revision or 'HEAD'], 'The code could not be packed')
-    machines.shell.must(machines.scp(bundle), f'The code could not be copied to {machines.name}')
 
 
 def _end(machines: Machines, options: argparse.Namespace, status: int) -> int:

@@ -108,7 +108,7 @@ def test_copy_sends_a_bundle_to_every_worker(desk):
     arguments = f'{RUN} --copy {MAIN}'.replace(' --revision=abc123', '')
     done = desk('tpu_vm.py', arguments)
     assert done.returncode == 0, done.stderr
-    _, bundle, scp, start, _ = desk.calls
+    bundle, _, scp, start, _ = desk.calls
     assert bundle[0] == 'git'
     assert bundle[3:5] == ['bundle', 'create']
     path = bundle[-2]
