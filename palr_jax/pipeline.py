@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from palr_jax import data, evaluation, retrieval, storage
@@ -30,6 +31,9 @@ from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.train import Program, answer_losses, train
 from palr_jax.llama import lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
+from palr_jax.llama.weights import Shardings
+from palr_jax.parallel import rules
+from palr_jax.parallel.mesh import check_rows, make_mesh
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.llm_profile import llm_profiles
 from palr_jax.prompts.profile import count_profile
@@ -65,6 +69,8 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
     validate(config)
     ledger = Ledger(config, workdir, overwrite)
     project = Project(config, workdir)
+    if not {'finetune', 'ranking'}.isdisjoint(config.stages):
+        project.check_layout()
     storage.write_json(project.workdir / 'config.json', flatten(config))
     run_stage = {
         'data': prepare_data,
@@ -119,7 +125,24 @@ class Project:
         """The base model's parameters."""
         model = self.config.model
         logging.info('loading the weights of %s', model.path)
-        return self.checkpoint.params(model.dtype, model.quantize)
+        dtype = 'float32' if self.config.finetune.full else model.dtype
+        return self.checkpoint.params(dtype, model.quantize, self.shardings)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the LLM's work; None where one does it all."""
+        mesh = make_mesh(self.config.mesh)
+        return mesh if mesh.size > 1 else None
+
+    @property
+    def shardings(self) -> Shardings | None:
+        return rules.shardings(self.mesh, self.checkpoint.config) if self.mesh else None
+
+    def check_layout(self) -> None:
+        """Refuses, before any work, a mesh or batches that the devices cannot share."""
+        tuning = self.config.finetune
+        check_rows('finetune.batch_size', tuning.batch_size, self.mesh, tuning.accumulate)
+        check_rows('ranking.batch_size', self.config.ranking.batch_size, self.mesh)
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -172,19 +195,18 @@ class Project:
 
     @functools.cached_property
     def _base_scorer(self) -> Callable[[Any, Batch], jax.Array]:
-        return make_scorer(self.checkpoint.config, None, jnp.dtype(self.config.model.dtype))
+        return self.scorer(None)
+
+    def scorer(self, spec: lora.LoraSpec | None) -> Callable[[Any, Batch], jax.Array]:
+        """The ranking program of the model, with an adapter of this shape."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        return make_scorer(self.checkpoint.config, spec, dtype, self.mesh)
 
     def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec]:
         """The base model with the run's adapter beside its kernels, and the adapter's shape."""
         adapter, spec = peft.load_adapter(self.adapter_folder, self.checkpoint.config)
-        return lora.join(jax.tree.map(jnp.asarray, adapter), self.base), spec
-
-    @property
-    def lora(self) -> lora.LoraSpec:
-        config = self.config.lora
-        return lora.LoraSpec(
-            config.rank, config.alpha, tuple(config.targets), config.rslora, config.dropout
-        )
+        adapter = jax.tree.map(jnp.asarray, adapter)
+        return lora.join(rules.shard(adapter, self.mesh, self.checkpoint.config), self.base), spec
 
     @property
     def adapter_folder(self) -> epath.Path:
@@ -195,6 +217,14 @@ class Project:
 
 
 # --- data -------------------------------------------------------------------------------------
+
+
+def lora_spec(config: ConfigDict) -> lora.LoraSpec:
+    """The adapter's shape that a config asks for."""
+    config = config.lora
+    return lora.LoraSpec(
+        config.rank, config.alpha, tuple(config.targets), config.rslora, config.dropout
+    )
 
 
 def prepare_data(project: Project) -> None:
@@ -288,19 +318,32 @@ def finetune(project: Project) -> None:
     ours, others = split_users(split, config.tasks.users, config.seed)
     tokens, _ = encode_examples(project, ours)
     logging.info('finetune: %d examples of %d users', len(tokens), len(ours))
-    model = project.checkpoint.config
-    program = Program(model, project.lora, jnp.dtype(config.model.dtype))
-    adapter = train(
-        project.base, program, tokens, config.finetune, seed=config.seed, workdir=project.workdir
+    model, spec = project.checkpoint.config, lora_spec(config)
+    program = Program(
+        model,
+        spec,
+        jnp.dtype(config.model.dtype),
+        config.model.remat,
+        config.finetune.accumulate,
     )
-    peft.save_adapter(project.adapter_folder, adapter, project.lora, config.model.path)
+    adapter = train(
+        project.base,
+        program,
+        tokens,
+        config.finetune,
+        seed=config.seed,
+        workdir=project.workdir,
+        mesh=project.mesh,
+    )
+    peft.save_adapter(project.adapter_folder, adapter, spec, config.model.path)
 
     # Whether what was learned carries over to users who gave no example; one example each.
     held_out = np.random.default_rng([config.seed, 4]).permutation(others)
     tokens, users = encode_examples(project, np.sort(held_out[: config.finetune.held_out]))
     users, first = np.unique(users, return_index=True)
     tokens = [tokens[i] for i in first]
-    fresh = lora.init_adapter(model, project.lora, config.seed)  # changes nothing: B is zero
+    fresh = lora.init_adapter(model, spec, config.seed)  # changes nothing: B is zero
+    fresh = rules.shard(fresh, project.mesh, model)
     before, after = (
         answer_losses(lora.join(leaves, project.base), program, tokens, config.finetune.length)
         for leaves in (fresh, adapter)
@@ -359,7 +402,7 @@ def rank_users(project: Project) -> None:
     systems = [('llm_zero_shot', project.base, None, ''), *tuned]
     queries = {part: make_queries(project, part) for part in ('valid', 'test')}
     for system, params, spec, identity in systems:
-        scorer = make_scorer(project.checkpoint.config, spec, jnp.dtype(project.config.model.dtype))
+        scorer = project.scorer(spec)
         for part in ('valid', 'test') if system == systems[-1][0] else ('test',):
             users, items, of_users = queries[part]
             score_users(
