@@ -20,10 +20,12 @@ KINDS = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective
 BITS = {'pred': 8, 'bf16': 16}  # the others end with their number of bits
 
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}', re.MULTILINE | re.DOTALL)
-_WHILE = re.compile(r' while\([^\n]*body=%?([\w.-]+)[^\n]*')
+_WHILE = re.compile(r' while\([^\n]*condition=%?([\w.-]+), body=%?([\w.-]+)[^\n]*')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r'%?([\w.-]+) = [su]32\[\][^ ]* constant\((\d+)\)')
+_ENTRY = re.compile(r'get-tuple-element\([^\n]*\), index=(\d+)')
 _CALLED = re.compile(r'(?:calls|to_apply|body|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)')
-_COLLECTIVE = re.compile(rf' = (\(?[^=]*?) ({"|".join(KINDS)})(?:-start)?\(')
+_COLLECTIVE = re.compile(rf' = (\(?[^=]*?) ({"|".join(KINDS)})(?:-start)?\([^\n]*channel_id=(\d+)')
 _ARRAY = re.compile(r'\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]')
 
 
@@ -37,13 +39,35 @@ def entry(text: str) -> str:
     return re.search(r'^ENTRY %?([\w.-]+)', text, re.MULTILINE)[1]
 
 
-def loops(lines: str) -> list[tuple[str, int]]:
-    """(body, how often it runs) of the loops in a computation; 1 where XLA does not know."""
+def loops(parts: Hlo, name: str) -> list[tuple[str, int]]:
+    """(body, how often it runs) of the loops in a computation; 1 where that cannot be told.
+
+    XLA notes the number, or the counter tells: the condition compares an entry of the loop's tuple
+    with a constant, and the body adds a constant to it. It starts at 0.
+    """
     found = []
-    for match in _WHILE.finditer(lines):
-        trips = _TRIPS.search(match[0])
-        found.append((match[1], int(trips[1]) if trips else 1))
+    for match in _WHILE.finditer(parts[name]):
+        condition, body = parts[match[1]], match[2]
+        if noted := _TRIPS.search(match[0]):
+            trips = int(noted[1])
+        else:
+            limits, entries = _CONSTANT.findall(condition), _ENTRY.findall(condition)
+            known = len(limits) == 1 and len(entries) == 1
+            step = _step(parts[body], int(entries[0])) if known else 1
+            trips = -(-int(limits[0][1]) // step) if known else 1
+        found.append((body, trips))
     return found
+
+
+def _step(body: str, entry: int) -> int:
+    """What a loop's body adds to an entry of its tuple; 1 where it is no such sum."""
+    results = re.search(r'ROOT [^\n]* tuple\(([^\n]*?)\)', body)
+    counter = re.findall(r'%([\w.-]+)', results[1])[entry] if results else ''
+    added = re.search(rf'%{re.escape(counter)} = [^\n]*? add\(([^)]*)\)', body)
+    constants = dict(_CONSTANT.findall(body))
+    terms = re.findall(r'%([\w.-]+)', added[1]) if added else []
+    steps = [constants[term] for term in terms if term in constants]
+    return int(steps[0]) if len(steps) == 1 else 1
 
 
 def work(text: str) -> dict[str, float]:
@@ -65,7 +89,7 @@ def work(text: str) -> dict[str, float]:
     @functools.cache
     def total(name: str) -> tuple[float, float]:
         flops, size = once(name)
-        for body, trips in loops(parts[name]):
+        for body, trips in loops(parts, name):
             flops += trips * total(body)[0] - once(body)[0]
             size += trips * total(body)[1] - once(body)[1]
         return flops, size
@@ -81,7 +105,7 @@ def runs(text: str) -> dict[str, int]:
 
     def visit(name: str, number: int) -> None:
         times[name] += number
-        bodies = dict(loops(parts[name]))
+        bodies = dict(loops(parts, name))
         for names in _CALLED.findall(parts[name]):
             for called in re.findall(r'[\w.-]+', names):
                 if called in parts:
@@ -97,13 +121,17 @@ def collectives(text: str) -> dict[str, dict[str, float]]:
     Of a reduce-scatter they are what is left of the sum.
     """
     found: dict[str, dict[str, float]] = {}
-    parts = computations(text)
+    parts, seen = computations(text), set()
     for name, number in runs(text).items():
-        for shape, kind in _COLLECTIVE.findall(parts[name]):
-            entry = found.setdefault(kind, {'count': 0, 'bytes': 0})
-            entry['count'] += number
+        for shape, kind, channel in _COLLECTIVE.findall(parts[name]):
+            # Begun in one fusion and carried on in others, it stands in each of them.
+            if channel in seen:
+                continue
+            seen.add(channel)
+            sums = found.setdefault(kind, {'count': 0, 'bytes': 0})
+            sums['count'] += number
             # A `-start` has the operand and the result: the result is the larger one.
-            entry['bytes'] += number * max(map(array_bytes, _ARRAY.findall(shape)), default=0)
+            sums['bytes'] += number * max(map(array_bytes, _ARRAY.findall(shape)), default=0)
     return found
 
 

@@ -59,12 +59,6 @@ def draw(number, answers=4):
     return [Tokens(rng.integers(0, 41, n).astype(np.int32), int(n) - answers) for n in lengths]
 
 
-def rows_of(number):
-    """Rows with different numbers of answer tokens: a mean of means would be another number."""
-    examples = draw(2 * number)
-    return stack([lay_out(examples[i : 2 * i + 1], 32, 40) for i in range(1, number + 1)])
-
-
 def by_program(adapter, base, rows, **fields):
     program = Program(MODEL, SPEC, jnp.float32, **fields)
     return jax.jit(functools.partial(loss_and_gradient, program=program))(adapter, base, rows)
@@ -72,6 +66,7 @@ def by_program(adapter, base, rows, **fields):
 
 @pytest.mark.parametrize('parts', [2, 4])
 def test_accumulated_gradients_are_those_of_the_large_batch(base, adapter, parts):
+    # Rows with different numbers of answer tokens: a mean of means would be another number.
     rows = stack([lay_out(draw(4)[: 1 + i % 2], 32, 16) for i in range(4)])
     expected = by_program(adapter, base, rows)
     found = by_program(adapter, base, rows, parts=parts)
@@ -105,7 +100,7 @@ def temporaries(program, base_kind='float32', rows=8, length=64, model=LONG):
     adapter = lora.adapter_shapes(model, program.lora)
     optimizer = make_optimizer(ConfigDict(SETTINGS))
     state = jax.eval_shape(optimizer.init, lora.join(adapter, base))
-    batch = stack([lay_out(draw(1), length, 8)] * rows)
+    batch = stack([lay_out([Tokens(np.arange(6, dtype=np.int32), 4)], length, 8)] * rows)
     compiled = make_step(program, optimizer).lower(adapter, state, base, batch).compile()
     return compiled.memory_analysis()
 
@@ -149,7 +144,7 @@ def test_no_value_of_the_traced_step_is_a_gradient_of_the_base():
     program = Program(BIG, LoraSpec(2, 4.0, ('q', 'v')), jnp.float32, parts=2)
     base = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_params(BIG, 0)))
     adapter = lora.adapter_shapes(BIG, program.lora)
-    batch = stack([lay_out(draw(1), 8, 8)] * 2)
+    batch = stack([lay_out([Tokens(np.arange(6, dtype=np.int32), 4)], 8, 8)] * 2)
     traced = jax.make_jaxpr(functools.partial(loss_and_gradient, program=program))(
         adapter, base, batch
     )
