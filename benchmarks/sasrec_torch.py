@@ -16,8 +16,6 @@ runs in the one that runs this script. All steps of all systems learn from about
 import argparse
 import json
 import os
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import Side, report, serve
 
 WIDTH, BLOCKS, HEADS, DROPOUT = 64, 2, 2, 0.2
 LEARNING_RATE, BETAS = 1e-3, (0.9, 0.98)
@@ -287,44 +286,6 @@ def write_data(folder: Path, data: str | None, users: int, length: int) -> dict[
     }
 
 
-class Side:
-    """A process that answers; between two questions it sleeps."""
-
-    def __init__(self, name: str, python: str, folder: Path):
-        self.name = name
-        command = [python, __file__, '--side', name, str(folder)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        self._process.stdin.write(json.dumps([question, arguments]) + '\n')
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise SystemExit(f'The process of {self.name} ended; what it said is above.')
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def serve(name: str, folder: Path) -> None:
-    """The other end of `Side`."""
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what libraries print is no answer
-    sides = {'jax': jax_side, 'torch': torch_side}
-    answer = sides[name](folder)
-    for line in sys.stdin:
-        question, arguments = json.loads(line)
-        try:
-            result = answer[question](**arguments)
-        except Exception as error:  # such as a compiler that is not there
-            result = {'error': f'{type(error).__name__}: {str(error).strip().splitlines()[0]}'}
-        print(json.dumps(result), file=answers, flush=True)
-
-
 def difference(folder: Path, losses: tuple[float, float]) -> dict[str, float]:
     """Of the two sides: of the losses, and of the gradients relative to their norm."""
     with np.load(folder / 'jax.npz') as ours, np.load(folder / 'torch.npz') as theirs:
@@ -374,22 +335,6 @@ def choose(
     return systems
 
 
-def report(result: dict[str, Any]) -> None:
-    """Adds medians and ratios, and prints them."""
-    for system in result['systems'].values():
-        rates = [run['tokens_per_second'] for run in system['runs']]
-        system['tokens_per_second'] = statistics.median(rates)
-    ours = result['systems'][OURS]['tokens_per_second']
-    print(f'\n{"system":42} {"items/s":>9} {"lowest":>9} {"highest":>9} {"palr_jax / it":>14}')
-    for name, system in result['systems'].items():
-        rates = [run['tokens_per_second'] for run in system['runs']]
-        system['ratio'] = round(ours / system['tokens_per_second'], 3)
-        print(
-            f'{name:42} {system["tokens_per_second"]:9,.0f} {min(rates):9,.0f} {max(rates):9,.0f} '
-            f'{system["ratio"]:14.2f}'
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', help='ml-1m.zip or its folder')
@@ -413,8 +358,8 @@ def main() -> None:
             'padded': arguments.batch,
         }
         sides = {
-            'jax': Side('jax', sys.executable, folder),
-            'torch': Side('torch', arguments.torch_python, folder),
+            'jax': Side('jax', sys.executable, __file__, folder),
+            'torch': Side('torch', arguments.torch_python, __file__, folder),
         }
         result['versions'] = [side.ask('about')['version'] for side in sides.values()]
         systems = choose(sides, sizes, folder, result)
@@ -427,13 +372,13 @@ def main() -> None:
                 arguments.out.write_text(json.dumps(result, indent=1) + '\n')
         for side in sides.values():
             side.close()
-    report(result)
+    report(result, OURS, 'items/s')
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + '\n')
 
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['--side']:
-        serve(sys.argv[2], Path(sys.argv[3]))
+        serve({'jax': jax_side, 'torch': torch_side}[sys.argv[2]](Path(sys.argv[3])))
     else:
         main()

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from palr_jax.config import check_name
-from palr_jax.errors import InputError
+from palr_jax.errors import BAD_INPUT, InputError
 
-BAD_INPUT = 2  # exit status
 INTERRUPTED = 128 + 2  # what shells expect after Ctrl-C, signal 2
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 

@@ -59,12 +59,17 @@ def default_config() -> ConfigDict:
     config.data.test_share = 0.1  # of all events, behind the second cut of temporal
 
     config.retrieval = ConfigDict()
-    # What scores the catalogue, of: sequence (SASRec and its kin), covisitation. Several are mixed
-    # with weights from half of the validation users.
+    # What scores the catalogue, of: sequence (SASRec or HSTU), covisitation, profile (texts as the
+    # base model reads them). Several are mixed with weights from half of the validation users.
     config.retrieval.systems = ('sequence',)
     config.retrieval.covisitation_width = 512  # factors of the co-visitation matrix
-    # sasrec (positions from the end) | relative (SASRec with a bias by distance) | hstu
-    config.retrieval.encoder = 'sasrec'
+    # Share of the keywords in a user's vector beside the latest items (profile), 0 to 1, and the
+    # weight of an item relative to the one after it, above 0, at most 1.
+    config.retrieval.profile_share = 0.1
+    config.retrieval.profile_decay = 0.8
+    # Items without a training event get vectors from their texts (sequence).
+    config.retrieval.cold_items = False
+    config.retrieval.encoder = 'sasrec'  # sasrec | hstu
     config.retrieval.width = 64  # of item vectors
     config.retrieval.blocks = 2  # layers
     config.retrieval.heads = 2  # attention heads
@@ -85,7 +90,8 @@ def default_config() -> ConfigDict:
     config.retrieval.patience = 4  # validations without a better NDCG@10 before training stops
     config.retrieval.candidates = 50  # items retrieved for each user
     config.retrieval.exclude_history = True  # items of the history are not retrieved again
-    # auto: ScaNN where it imports, exact elsewhere | scann | exact | approx (lax.approx_max_k)
+    # auto: ScaNN where it imports, exact elsewhere | scann | tree (ScaNN's, also for a small
+    # catalogue) | exact | approx (lax.approx_max_k)
     config.retrieval.index = 'auto'
 
     # Devices of each axis, and -1 on one axis for the rest; 1, 1, 1 is the first device alone.
@@ -184,10 +190,10 @@ def default_config() -> ConfigDict:
 CHOICES = {
     'data.source': ('ml100k', 'ml1m', 'recbole', 'amazon', 'table', 'tfds'),
     'data.split': ('leave_one_out', 'temporal'),
-    'retrieval.encoder': ('sasrec', 'relative', 'hstu'),
+    'retrieval.encoder': ('sasrec', 'hstu'),
     'retrieval.loss': ('full_ce', 'sampled_softmax', 'gbce', 'bce'),
     'retrieval.schedule': ('constant', 'cosine'),
-    'retrieval.index': ('auto', 'scann', 'exact', 'approx'),
+    'retrieval.index': ('auto', 'scann', 'tree', 'exact', 'approx'),
     'mesh.hardware': ('', *HARDWARE),
     'model.dtype': ('float32', 'bfloat16'),
     'model.quantize': quantize.KINDS,
@@ -206,7 +212,7 @@ CHOICES = {
 MEMBERS = {
     'stages': STAGES,
     'lora.targets': TARGETS,
-    'retrieval.systems': ('sequence', 'covisitation'),
+    'retrieval.systems': ('sequence', 'covisitation', 'profile'),
 }
 RANGES = {
     'data.k_core': (0, math.inf),
@@ -215,6 +221,8 @@ RANGES = {
     'retrieval.dropout': (0, 0.95),
     'retrieval.popular_negatives': (0, 1),
     'retrieval.gbce_t': (0, 1),
+    'retrieval.profile_share': (0, 1),
+    'retrieval.profile_decay': (0.01, 1),
     'lora.dropout': (0, 0.95),
     'tasks.users': (0, 1),
     'tasks.recommend_retrieval': (0, 1),

@@ -1,4 +1,6 @@
-"""The one exception that bad input raises."""
+"""The one exception that bad input raises, and how a process ends on it."""
+
+BAD_INPUT = 2  # exit status
 
 
 class InputError(Exception):

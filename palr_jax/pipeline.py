@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from palr_jax import data, evaluation, retrieval, storage
 from palr_jax.config import validate
 from palr_jax.errors import InputError
-from palr_jax.evaluation import AnswerLoss, Comparison, Run, rank_targets
+from palr_jax.evaluation import AnswerLoss, Comparison, Run, TargetRanks, rank_targets
 from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.train import Program, answer_losses, train
 from palr_jax.llama import lora, peft
@@ -43,7 +43,7 @@ from palr_jax.ranking.fuse import choose_weight, fuse
 from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
 from palr_jax.ranking.users import Scores, make_query, read_scores, score_users
 from palr_jax.retrieval import Candidates
-from palr_jax.stages import STAGES, Ledger, flatten
+from palr_jax.stages import STAGES, Ledger, flatten, retrieval_reads_texts
 
 BASE = ('popularity', 'retriever')  # rows that need no LLM
 VERSIONS = (
@@ -83,7 +83,10 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
         for stage in STAGES:
             if stage not in config.stages:
                 continue
-            weights = project.checkpoint.fingerprint if stage in ('finetune', 'ranking') else None
+            reads_model = stage in ('finetune', 'ranking') or (
+                stage == 'retrieval' and retrieval_reads_texts(config)
+            )
+            weights = project.checkpoint.fingerprint if reads_model else None
             inputs = ledger.inputs(stage, weights)
             if ledger.complete(stage, inputs):
                 logging.info('%s: finished before', stage)
@@ -202,6 +205,35 @@ class Project:
         dtype = jnp.dtype(self.config.model.dtype)
         return make_scorer(self.checkpoint.config, spec, dtype, self.mesh)
 
+    @property
+    def texts(self) -> retrieval.Texts:
+        """What the base model makes of the items' texts and of histories."""
+        return retrieval.Texts(
+            lambda: self._text_vectors, self.profiles, lambda: self.checkpoint.fingerprint
+        )
+
+    @functools.cached_property
+    def _text_vectors(self) -> np.ndarray:
+        """[I, E], kept in the workdir: a retriever may be trained again, they need not be."""
+        model, texts = self.config.model, retrieval.item_texts(self.dataset.catalogue)
+        identity = retrieval.hash_items(
+            [self.checkpoint.fingerprint, model.dtype, model.quantize, *texts]
+        )
+        path = self.workdir / 'retrieval' / 'texts.npz'
+        if path.exists():
+            stored = storage.read_arrays(path)
+            if str(stored['identity']) == identity:
+                return stored['vectors']
+        vectors = retrieval.embed_texts(
+            self.base,
+            self.checkpoint.config,
+            self.checkpoint.tokenizer,
+            texts,
+            dtype=jnp.dtype(model.dtype),
+        )
+        storage.write_arrays(path, identity=np.array(identity), vectors=vectors)
+        return vectors
+
     def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec]:
         """The base model with the run's adapter beside its kernels, and the adapter's shape."""
         adapter, spec = peft.load_adapter(self.adapter_folder, self.checkpoint.config)
@@ -250,9 +282,14 @@ def retrieve_candidates(project: Project) -> None:
     split, catalogue = dataset.split, dataset.catalogue
     folder = project.workdir / 'retrieval'
     seed, exclude = project.config.seed, config.exclude_history
-    fitted = retrieval.fit_systems(split, catalogue.items, config, seed, folder)
+    fitted = retrieval.fit_systems(
+        retrieval.Material(split, catalogue, config, seed, folder, project.texts)
+    )
     mixed = retrieval.mix_systems(fitted, split, exclude, seed, folder)
-    index = retrieval.build_index(mixed.item_vectors, config.index)
+    some = [split.history(user, 'valid') for user in sample_users(split.users('valid'), 256, seed)]
+    index = retrieval.build_index(
+        mixed.item_vectors, config.index, queries=mixed.user_vectors(some) if some else None
+    )
     retrieval.save_index(index, folder, retrieval.hash_items(catalogue.raw_ids))
     popularity = retrieval.fit_popularity(split, catalogue.items)
     popular = retrieval.build_index(popularity.item_vectors, 'exact')
@@ -276,10 +313,10 @@ def retrieve_candidates(project: Project) -> None:
             retrieval.save_candidates(folder, system, part, found)
     test_queries = queries  # the test part and the retriever came last
     test = read_candidates(project, 'test')
-    hits = test.items == split.targets('test')[test.users][:, None]
+    ranks = rank_targets(test.items, test.scores, split.targets('test')[test.users])
 
-    def recall(k: int) -> float | None:
-        return float(hits[:, :k].any(axis=1).mean()) if k <= config.candidates else None
+    def of_lists(metric: Callable[[TargetRanks, int], np.ndarray], k: int) -> float | None:
+        return float(metric(ranks, k).mean()) if k <= config.candidates else None
 
     storage.write_json(
         folder / 'retrieval.json',
@@ -288,8 +325,10 @@ def retrieve_candidates(project: Project) -> None:
             'recall_vs_exact': retrieval.recall_against_exact(
                 index, test_queries, config.candidates
             ),
-            'recall@20': recall(20),
-            'recall@50': recall(50),
+            # Of the lists that the index gave, not of all scores as the report's rows.
+            **{f'recall@{k}': of_lists(evaluation.recall, k) for k in (20, 50)},
+            'HR@10': of_lists(evaluation.hit_rate, 10),
+            'NDCG@10': of_lists(evaluation.ndcg, 10),
         },
     )
 
@@ -521,7 +560,10 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
         runs=runs + parts,
         comparisons=comparisons,
         timing=timing,
-        versions={'python': platform.python_version()}
+        versions={
+            'python': platform.python_version(),
+            'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        }
         | {name: metadata.version(name) for name in VERSIONS if _installed(name)},
         seed=config.seed,
         candidates=config.ranking.candidates,

@@ -103,7 +103,7 @@ def retrieve_for(project: Project, history: np.ndarray) -> tuple[np.ndarray, np.
     of_items = retrieval.hash_items(project.dataset.catalogue.raw_ids)
     found = retrieval.retrieve(
         retrieval.load_index(folder, of_items),
-        retrieval.load_mix(folder).user_vectors([history]),
+        retrieval.load_mix(folder, project.texts).user_vectors([history]),
         [history],
         config.ranking.candidates,
         config.retrieval.exclude_history,

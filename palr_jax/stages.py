@@ -165,10 +165,16 @@ class Ledger:
         storage.write_json(self.folder(stage) / name, entry | {'inputs': dict(inputs)} | more)
 
 
+def retrieval_reads_texts(config: ConfigDict) -> bool:
+    """Whether the retrieval asks the base model what the items' texts say."""
+    return 'profile' in config.retrieval.systems or config.retrieval.cold_items
+
+
 def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
     """The fields that `stage` reads itself, as {'finetune.steps': 200, …}, JSON-able."""
     part = {}
-    for name in DEPENDS[stage]:
+    texts = stage == 'retrieval' and retrieval_reads_texts(config)
+    for name in (*DEPENDS[stage], *(('model', 'prompts') if texts else ())):
         value = config[name]
         if isinstance(value, ConfigDict):
             part |= flatten(value, f'{name}.')

@@ -4,8 +4,11 @@ import json
 import pathlib
 import re
 import runpy
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import FrozenConfigDict, config_flags
 
 from palr_jax.config import CHOICES, RANGES, default_config, restore, validate
 from palr_jax.errors import InputError
@@ -46,7 +49,8 @@ def test_every_config_file_is_allowed_and_says_how_to_run_it(path):
 
 
 @pytest.mark.parametrize('field', FIELDS)
-def test_a_wrong_type_names_the_field(field):
+def test_g01_none_and_a_wrong_type_name_the_field(field):
+    """A field set to None does not lose its type: nothing else passes after it."""
     for value in (None, 1j, ()):
         with pytest.raises(InputError, match=re.escape(f'config.{field} is ')):
             validate(changed(field, value))
@@ -122,8 +126,25 @@ def test_the_open_choices_of_the_paper_have_the_documented_defaults():
     assert (prompts.history, prompts.item, prompts.answer) == (20, 'title', 'title')
 
 
-def test_a_config_survives_json_with_its_tuples():
+@pytest.mark.parametrize(
+    ('text', 'value'), [('1e-5', 1e-5), ('1.0e-5', 1e-5), ('3', 3.0), ('1E-5', 1e-5)]
+)
+def test_g04_a_number_with_an_exponent_is_a_number(text, value, monkeypatch):
+    """The form that sweep tools write, and that YAML 1.1 takes for text."""
+    arguments = ['main', f'--config.finetune.learning_rate={text}']
+    monkeypatch.setattr(sys, 'argv', arguments)  # the fields' flags are made from it
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_dict('config', default_config(), flag_values=holder)
+    holder(arguments)
+    found = holder.config.finetune.learning_rate
+    assert isinstance(found, float)
+    assert found == value
+    validate(holder.config)
+
+
+def test_g02_a_config_survives_json_with_its_tuples():
     config = default_config()
+    FrozenConfigDict(config)  # tuples of any length can be frozen
     config.evaluation.ks = (1, 20)
     again = restore(json.loads(json.dumps(flatten(config))))
     assert again == config

@@ -101,6 +101,20 @@ def test_the_retrievers_of_a_mix_have_rows_of_their_own(inputs, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_retriever_that_reads_texts_depends_on_the_model(inputs, tmp_path):
+    config = small_config(inputs)
+    config.stages = ('data', 'retrieval', 'report')
+    config.retrieval.systems = ('sequence', 'profile')
+    config.retrieval.cold_items = True
+    report = pipeline.run(config, tmp_path)
+    systems = [run['system'] for run in report['runs']]
+    assert systems == ['popularity', 'retriever', 'sequence', 'profile']
+    config.model.dtype = 'bfloat16'
+    with pytest.raises(InputError, match=r"model\.dtype was 'float32' there .*stage retrieval"):
+        pipeline.run(config, tmp_path)
+
+
+@pytest.mark.slow
 def test_all_files_of_the_contract_are_there(finished):
     workdir, report = finished
     for name in (

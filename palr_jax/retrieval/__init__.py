@@ -21,20 +21,25 @@ from palr_jax.retrieval.index import (
 )
 from palr_jax.retrieval.interface import Retriever
 from palr_jax.retrieval.popularity import Popularity, fit_popularity
+from palr_jax.retrieval.profile import embed_texts, item_texts
 from palr_jax.retrieval.retriever import TrainedRetriever
-from palr_jax.retrieval.systems import fit_systems, load_mix, mix_systems
+from palr_jax.retrieval.systems import Material, Texts, fit_systems, load_mix, mix_systems
 from palr_jax.retrieval.train import train_sasrec
 
 __all__ = [
     'Candidates',
     'ItemIndex',
+    'Material',
     'Popularity',
     'Retriever',
+    'Texts',
     'TrainedRetriever',
     'build_index',
+    'embed_texts',
     'fit_popularity',
     'fit_systems',
     'hash_items',
+    'item_texts',
     'load_index',
     'load_mix',
     'mix_systems',

@@ -2,7 +2,8 @@
 
 A score is the dot product of a user's vector and an item's; popularity has vectors of width 1.
 
-Axes: U' the users at hand, I items, D width, C candidates, k of them asked for.
+Axes: U' the users at hand, I items, D width, C candidates, k of them asked for, M parts of a sum, G
+sums.
 """
 
 from collections.abc import Sequence
@@ -75,17 +76,6 @@ def retrieve(
     return Candidates(users, items, scores)
 
 
-@jax.jit
-def _count(
-    queries: jax.Array, vectors: jax.Array, targets: jax.Array, ranked: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[B, D], [I, D], [B], [B, I] bool -> greater [B], ties with itself [B], finite [B] bool."""
-    scores = jnp.matmul(queries, vectors.T, precision='highest')
-    target = jnp.take_along_axis(scores, targets[:, None] - 1, 1)
-    greater = jnp.sum((scores > target) & ranked, 1)
-    return greater, jnp.sum((scores == target) & ranked, 1), jnp.isfinite(scores).all(1)
-
-
 def target_ranks(
     queries: np.ndarray,
     vectors: np.ndarray,
@@ -106,19 +96,39 @@ def target_ranks(
     Raises:
       InputError: a user has no target, or a vector is not finite.
     """
-    queries, vectors = to_vectors(queries, 'user vectors'), to_vectors(vectors, 'item vectors')
-    targets, total = np.asarray(targets, np.int32), len(vectors)
+    (ranks,) = mixture_ranks([(queries, vectors)], [(1.0,)], targets, histories, exclude)
+    return ranks
+
+
+def mixture_ranks(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
+    weights: Sequence[Sequence[float]],
+    targets: np.ndarray,
+    histories: Sequence[np.ndarray],
+    exclude: bool,
+) -> list[TargetRanks]:
+    """`target_ranks` under each of several weighted sums of the scores of M parts.
+
+    The parts' scores are computed once for all sums.
+
+    Args:
+      parts: M pairs of user vectors [U', D] and item vectors [I, D], each with a D of its own.
+      weights: the sums, each M weights.
+    """
+    queries = [to_vectors(queries, 'user vectors') for queries, _ in parts]
+    vectors = [to_vectors(vectors, 'item vectors') for _, vectors in parts]
+    targets, users, total = np.asarray(targets, np.int32), len(queries[0]), len(vectors[0])
     bad = (targets < 1) | (targets > total)
     if bad.any():
         raise InputError(
             f'The user in row {bad.argmax()} has the target item {targets[bad.argmax()]}; '
             f'item ids are 1 to {total}.'
         )
-    greater, ties = np.zeros(len(queries), np.int32), np.zeros(len(queries), np.int32)
-    device_vectors = jnp.asarray(vectors)
-    for start in range(0, len(queries), BATCH):
+    greater, ties = (np.zeros((len(weights), users), np.int32) for _ in range(2))
+    vectors, weights = jax.device_put((vectors, np.array(weights, np.float32)))
+    for start in range(0, users, BATCH):
         part = slice(start, start + BATCH)
-        count = len(queries[part])
+        count = len(targets[part])
         ranked = np.ones((BATCH, total + 1), bool)  # column 0 is padding
         if exclude:
             for row, history in enumerate(histories[part]):
@@ -126,15 +136,36 @@ def target_ranks(
         ranked[np.arange(count), targets[part]] = True
         pad = BATCH - count  # the last batch has the shape of the others
         above, same, finite = _count(
-            np.pad(queries[part], ((0, pad), (0, 0))),
-            device_vectors,
+            [np.pad(each[part], ((0, pad), (0, 0))) for each in queries],
+            vectors,
+            weights,
             np.pad(targets[part], (0, pad), constant_values=1),
             ranked[:, 1:],
         )
-        if not np.all(finite):
+        if not finite:
             raise InputError('A score of the retriever overflows; its vectors are too large.')
-        greater[part], ties[part] = above[:count], same[:count] - 1
-    return TargetRanks(greater, ties, np.ones(len(queries), bool))
+        greater[:, part], ties[:, part] = above[:, :count], same[:, :count] - 1
+    return [TargetRanks(g, t, np.ones(users, bool)) for g, t in zip(greater, ties)]
+
+
+@jax.jit
+def _count(
+    queries: list[jax.Array],
+    vectors: list[jax.Array],
+    weights: jax.Array,
+    targets: jax.Array,
+    ranked: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of M queries [B, D] and vectors [I, D], G sums: greater, ties and itself [G, B]; finite."""
+    scores = [jnp.matmul(q, v.T, precision='highest') for q, v in zip(queries, vectors)]
+
+    def count(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mixed = sum(weight * each for weight, each in zip(weights, scores))
+        target = jnp.take_along_axis(mixed, targets[:, None] - 1, 1)
+        return jnp.sum((mixed > target) & ranked, 1), jnp.sum((mixed == target) & ranked, 1)
+
+    finite = jnp.array([jnp.isfinite(each).all() for each in scores]).all()
+    return *jax.lax.map(count, weights), finite
 
 
 def save_candidates(folder: epath.PathLike, system: str, part: str, candidates: Candidates) -> None:

@@ -2,11 +2,13 @@
 
 The seam is `ItemIndex.search`. ScaNN compares every vector up to 20,000 items, as its documentation
 advises; above, it searches a tree of about sqrt(I) leaves with asymmetric hashing and reorders the
-best exactly. Equal scores come in the order of item ids from every backend that compares every
-vector, so that a list does not depend on the backend.
+best exactly. How many leaves and how many of the best is measured when the index is built: vectors
+that lie in clusters need a hundredth of the leaves, random ones half of them. Equal scores come in
+the order of item ids from every backend that compares every vector, so that a list does not depend
+on the backend.
 
-Only vectors and settings are saved: the index is rebuilt from them, which takes well under a second
-for 20,000 items and about 15 seconds for a million.
+Only vectors and settings, the measured ones too, are saved: the index is rebuilt from them, which
+takes well under a second for 20,000 items and about 10 seconds for a million.
 
 Axes: B queries, I items, D width; item ids are rows + 1.
 """
@@ -28,14 +30,24 @@ from etils import epath
 from palr_jax import storage
 from palr_jax.errors import InputError
 
-BACKENDS = ('auto', 'scann', 'exact', 'approx')
-FORMAT = 1
+BACKENDS = ('auto', 'scann', 'tree', 'exact', 'approx')
+SCANN = BACKENDS[:3]
+FORMAT = 2  # 1 did not hold `effort`
 FILE = 'index.npz'
 BRUTE_FORCE_ITEMS = 20_000  # ScaNN's documentation advises brute force below
 LEAST_TREE_ITEMS = 1_000  # the hashing needs vectors to learn from; also its recall is poor below
-SEARCHED_SHARE = 0.05  # of the leaves; .998 recall@50 on a million clustered vectors
+# From fast to thorough: the share of the leaves that is searched, and how many times the items that
+# are asked for are scored exactly. The first that reaches RECALL is taken.
+EFFORTS = (
+    *((0.005, 4), (0.01, 6), (0.02, 6), (0.05, 6), (0.1, 10)),
+    *((0.2, 12), (0.35, 16), (0.5, 20), (0.7, 24), (1.0, 32)),
+)
+RECALL = 0.98  # of the exact TUNED_FOR best of TUNED_ON queries
+TUNED_FOR, TUNED_ON = 50, 256
+LEAST_REORDERED = 200  # items scored exactly, however few are asked for
 BLOCK_SCORES = 2**26  # scores held at once by the JAX backends
 
+Effort = tuple[float, int]  # one of EFFORTS
 # [B, D] float32, k <= I -> (rows [B, k], scores [B, k]), best first; NaN score = unfilled.
 Search = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 
@@ -86,21 +98,30 @@ class ItemIndex:
         return ids, scores
 
 
-def build_index(vectors: np.ndarray, backend: str = 'auto', leaves: int | None = None) -> ItemIndex:
+def build_index(
+    vectors: np.ndarray,
+    backend: str = 'auto',
+    leaves: int | None = None,
+    queries: np.ndarray | None = None,
+    effort: Effort | None = None,
+) -> ItemIndex:
     """Builds an index of item vectors.
 
     Args:
       vectors: [I, D], any float type; memory maps are fine.
-      backend: 'auto' is ScaNN where it can be imported and exact search elsewhere.
-      leaves: of ScaNN's tree; None: no tree up to 20,000 items, sqrt(I) leaves above. Fewer than
-        1,000 items never have a tree.
+      backend: 'auto' is ScaNN where it can be imported and exact search elsewhere; 'tree' is ScaNN
+        with a tree for less than 20,000 items too.
+      leaves: of the tree; None: sqrt(I). Fewer than 1,000 items never have one.
+      queries: [n, D] such as will be searched with, for measuring the recall of a tree; None: some
+        of the item vectors.
+      effort: what was measured before; None: it is measured.
 
     Raises:
       InputError: a vector is not finite, the backend is unknown, or ScaNN was asked for by name and
         cannot be imported.
     """
     vectors = to_vectors(vectors, 'item vectors')
-    settings = {'backend': backend, 'leaves': leaves}
+    settings = {'backend': backend, 'leaves': leaves, 'effort': None}
     if backend not in BACKENDS:
         raise InputError(
             f'config.retrieval.index is {backend!r}; allowed are {", ".join(BACKENDS)}.'
@@ -109,21 +130,26 @@ def build_index(vectors: np.ndarray, backend: str = 'auto', leaves: int | None =
         raise InputError(f'The number of leaves is {leaves}; allowed: 1 or more.')
     if not len(vectors):
         raise InputError('The index has no item vectors; at least one is needed.')
-    scann, cause = _import_scann() if backend in ('auto', 'scann') else (None, '')
-    if backend == 'scann' and scann is None:
+    scann, cause = _import_scann() if backend in SCANN else (None, '')
+    if backend in ('scann', 'tree') and scann is None:
         raise InputError(
-            f"config.retrieval.index is 'scann', but ScaNN cannot be imported ({cause}); "
+            f'config.retrieval.index is {backend!r}, but ScaNN cannot be imported ({cause}); '
             "'exact' finds the same items."
         )
     if scann is None:
         backend = 'approx' if backend == 'approx' else 'exact'
         return ItemIndex(vectors, backend, settings, _jax_search(vectors, backend))
     total = len(vectors)
-    if total < LEAST_TREE_ITEMS or (leaves is None and total <= BRUTE_FORCE_ITEMS):
+    small = total <= BRUTE_FORCE_ITEMS and backend != 'tree' and leaves is None
+    if small or total < LEAST_TREE_ITEMS:
         return ItemIndex(vectors, 'scann (brute force)', settings, _brute_force(scann, vectors))
     count = min(leaves or round(math.sqrt(total)), total)
-    search = _tree(scann, vectors, count)
-    return ItemIndex(vectors, f'scann (tree, {count} leaves)', settings, search)
+    tree = _plant(scann, vectors, count)
+    if effort is None:
+        effort = _choose_effort(tree, vectors, queries)
+    name = f'scann (tree, {count} leaves)'
+    search = functools.partial(tree, *effort)
+    return ItemIndex(vectors, name, settings | {'effort': list(effort)}, search)
 
 
 def recall_against_exact(index: ItemIndex, queries: np.ndarray, k: int) -> float:
@@ -246,7 +272,8 @@ def _brute_force(scann: Any, vectors: np.ndarray) -> Search:
     return search
 
 
-def _tree(scann: Any, vectors: np.ndarray, leaves: int) -> Search:
+def _plant(scann: Any, vectors: np.ndarray, leaves: int) -> Callable[..., Any]:
+    """A tree, searched by (share, depth, queries, k): a `Search` with an effort before it."""
     total = len(vectors)
     searcher = (
         scann.builder(vectors, 1, 'dot_product')
@@ -256,10 +283,12 @@ def _tree(scann: Any, vectors: np.ndarray, leaves: int) -> Search:
         .build()
     )
 
-    def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        reorder = min(total, max(300, 4 * k))
+    def search(
+        share: float, depth: int, queries: np.ndarray, k: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        reorder = min(total, max(LEAST_REORDERED, depth * k))
         enough = 8 * reorder * leaves / total  # leaves that hold eight times what is reordered
-        searched = min(leaves, math.ceil(max(SEARCHED_SHARE * leaves, enough)))
+        searched = min(leaves, math.ceil(max(share * leaves, enough)))
         rows, scores = searcher.search_batched_parallel(queries, k, reorder, searched)
         rows = rows.astype(np.int64)
         short = np.isnan(scores).any(1)  # the searched leaves held fewer than k items
@@ -268,3 +297,18 @@ def _tree(scann: Any, vectors: np.ndarray, leaves: int) -> Search:
         return in_order(rows, scores)
 
     return search
+
+
+def _choose_effort(
+    tree: Callable[..., Any], vectors: np.ndarray, queries: np.ndarray | None
+) -> Effort:
+    """The least of EFFORTS that finds RECALL of the exact best; the greatest if none does."""
+    pool = vectors if queries is None else to_vectors(queries, 'queries')
+    some = np.random.default_rng(0).permutation(len(pool))[:TUNED_ON]
+    sample, k = pool[np.sort(some)], min(TUNED_FOR, len(vectors))
+    exact, _ = _jax_search(vectors, 'exact')(sample, k)
+    for effort in EFFORTS:
+        found, _ = tree(*effort, sample, k)
+        if np.mean([np.isin(best, rows).mean() for best, rows in zip(exact, found)]) >= RECALL:
+            break
+    return effort

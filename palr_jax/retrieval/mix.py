@@ -9,12 +9,11 @@ the mean is 0 and the deviation of u's scores is sqrt(u^T C u). So the concatena
 over the retrievers has the weighted sum of the z-scores as its dot product, and one index finds the
 best of it. A retriever that says nothing of a user (a zero vector, equal scores) adds nothing.
 
-Where there are lists but no vectors, `reciprocal_rank` fuses the lists.
-
-Axes: U' the users at hand, I items, D width of one retriever or the sum of several, C candidates.
+Axes: U' the users at hand, I items, D width of one retriever or the sum of several.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,14 +24,12 @@ from palr_jax import storage
 from palr_jax.data.splits import Split
 from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import TargetRanks, ndcg
-from palr_jax.retrieval.candidates import Candidates, target_ranks
+from palr_jax.retrieval.candidates import mixture_ranks
 from palr_jax.retrieval.interface import Retriever
 
 FORMAT = 1
 FILE = 'mix.json'
-SHARES = tuple(share / 10 for share in range(11))  # tried for each retriever, 0 and 1 included
 BLOCK = 2**14  # item vectors held in float64 at once
-ROUNDS = 3  # over the retrievers, unless nothing changes before
 
 Weights = tuple[float, ...]  # one a retriever, in their order
 
@@ -125,9 +122,7 @@ def choose_weights(
 ) -> tuple[Weights, dict[Weights, float]]:
     """The weights of the largest mean `metric` on validation targets, and all that was tried.
 
-    Each retriever alone comes first. From the best of them, one retriever after the other gets the
-    share of `SHARES` that is best for it while the others keep their ratios, until a round changes
-    nothing; for two retrievers that is the whole grid. Of equals, fewer retrievers win.
+    All weights in tenths that sum to 1 are tried; of equals, fewer retrievers win.
 
     Args:
       users: dense users with a validation target.
@@ -145,83 +140,17 @@ def choose_weights(
             'users; at least one of each is needed.'
         )
     histories = [split.history(user, 'valid') for user in users]
+    parts = []
+    for retriever in retrievers:
+        vectors, covariance = center(retriever.item_vectors)
+        parts.append((standardize(retriever.user_vectors(histories), covariance), vectors))
+    tenths = itertools.product(range(11), repeat=len(retrievers))
+    grid = [tuple(n / 10 for n in share) for share in tenths if sum(share) == 10]
     targets = split.targets('valid')[users]
-    plain = [(r.user_vectors(histories), r.item_vectors) for r in retrievers]
-    centred = [center(vectors) for _, vectors in plain]
-    scaled = [standardize(q, covariance) for (q, _), (_, covariance) in zip(plain, centred)]
-    means: dict[Weights, float] = {}
-
-    def worth(weights: Weights) -> tuple[float, int]:
-        if weights not in means:
-            members = np.flatnonzero(weights)
-            if len(members) == 1:
-                queries, vectors = plain[members[0]]
-            else:
-                queries = np.concatenate([weights[m] * scaled[m] for m in members], 1)
-                vectors = np.concatenate([centred[m][0] for m in members], 1)
-            ranks = target_ranks(queries, vectors, targets, histories, exclude)
-            means[weights] = float(metric(ranks).mean())
-        return means[weights], -np.count_nonzero(weights)
-
-    count = len(retrievers)
-    alone = [tuple(float(i == j) for j in range(count)) for i in range(count)]
-    best = max(alone, key=worth)
-    for _ in range(ROUNDS):
-        before = best
-        for place in range(count):
-            if best != alone[place]:  # the others of a lone retriever have no ratios to keep
-                best = max([best, *(_with_share(best, place, s) for s in SHARES)], key=worth)
-        if best == before:
-            break
+    ranks = mixture_ranks(parts, grid, targets, histories, exclude)
+    means = {weights: float(metric(of_users).mean()) for weights, of_users in zip(grid, ranks)}
+    best = max(means, key=lambda weights: (means[weights], -np.count_nonzero(weights)))
     return best, means
-
-
-def _with_share(weights: Weights, place: int, share: float) -> Weights:
-    """One weight set, the others scaled so that the sum is 1."""
-    others = (1 - share) / (1 - weights[place])
-    scaled = [round(float(weight * others), 6) for weight in weights]
-    return *scaled[:place], share, *scaled[place + 1 :]
-
-
-def reciprocal_rank(
-    lists: Sequence[Candidates], weights: Sequence[float], k0: float = 60
-) -> Candidates:
-    """Fuses lists by the sum of weight / (k0 + rank), ranks from 1.
-
-    Cormack, Clarke and Büttcher (2009), with a weight a list. An item that a list lacks gets
-    nothing from it, a list of weight 0 names none; equal sums come in the order of item ids.
-
-    Args:
-      lists: candidates of the same users, best first.
-      weights: one a list.
-
-    Returns:
-      Lists as wide as the widest given.
-
-    Raises:
-      InputError: the lists are of different users, or the weights do not fit.
-    """
-    if not lists or len(weights) != len(lists) or min(weights) < 0 or not any(weights):
-        raise InputError(
-            f'{len(lists)} lists have the weights {tuple(weights)}; allowed: one list or more, one '
-            'weight each, none negative, not all 0.'
-        )
-    users, width = lists[0].users, max(each.items.shape[1] for each in lists)
-    if not all(np.array_equal(each.users, users) for each in lists):
-        raise InputError('The lists to be fused are of different users, or in another order.')
-    fused_items = np.full((len(users), width), -1, np.int32)
-    fused_scores = np.full((len(users), width), -np.inf, np.float32)
-    items = np.concatenate([each.items for each in lists], 1)
-    ranks = np.concatenate([np.cumsum(each.items > 0, 1) for each in lists], 1)
-    gains = np.repeat(weights, [each.items.shape[1] for each in lists]) / (k0 + ranks)
-    for row in range(len(users)):
-        ids, place = np.unique(items[row], return_inverse=True)
-        # float32, so that the order of addition does not part equal sums.
-        sums = np.bincount(place, gains[row]).astype(np.float32)
-        best = np.argsort(-sums, kind='stable')
-        best = best[(ids[best] > 0) & (sums[best] > 0)][:width]
-        fused_items[row, : len(best)], fused_scores[row, : len(best)] = ids[best], sums[best]
-    return Candidates(users, fused_items, fused_scores)
 
 
 def save_weights(weights: Mapping[str, float], folder: epath.PathLike) -> None:

@@ -34,6 +34,12 @@ from palr_jax.retrieval.retriever import TrainedRetriever
 from palr_jax.retrieval.sasrec import Params, SASRec, SasrecConfig, init_params
 
 CHECKPOINT = 'training.npz'
+# The fields of config.retrieval that the training reads; a change of another leaves it as it is.
+FIELDS = (
+    *('encoder', 'width', 'blocks', 'heads', 'length', 'dropout', 'exclude_history'),
+    *('loss', 'negatives', 'popular_negatives', 'gbce_t', 'learning_rate', 'schedule'),
+    *('batch_size', 'epochs', 'evaluate_every', 'patience'),
+)
 
 
 class Rows(NamedTuple):
@@ -254,7 +260,8 @@ def _on_host(params: Params) -> Params:
 
 def _identity(split: Split, items: int, config: ConfigDict, seed: int) -> str:
     """A hash of all that the training depends on."""
-    digest = hashlib.sha256(json.dumps([items, seed, config.to_dict()], sort_keys=True).encode())
+    fields = {name: config[name] for name in FIELDS}
+    digest = hashlib.sha256(json.dumps([items, seed, fields], sort_keys=True).encode())
     for array in (split.offsets, split.items, split.train_end, split.valid_at):
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()

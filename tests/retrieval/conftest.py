@@ -48,6 +48,11 @@ def chain_settings() -> ConfigDict:
     """A `config.retrieval` that learns the chain in seconds."""
     return ConfigDict(
         {
+            'systems': ('sequence',),
+            'covisitation_width': 8,
+            'profile_share': 0.1,
+            'profile_decay': 0.8,
+            'cold_items': False,
             'encoder': 'sasrec',
             'width': 16,
             'blocks': 1,

@@ -126,7 +126,7 @@ def test_n01_tree_with_a_k_beyond_the_catalogue(leaves):
 def test_n01_tree_whose_leaves_hold_too_few_items(monkeypatch):
     """Most items are twins in one leaf, the rest have a leaf each: ScaNN comes back short."""
     vectors = np.concatenate([np.tile(random(0, 1, 8), (14_700, 1)), 3 * random(1, 300, 8)])
-    index = build_index(vectors, 'scann', leaves=300)
+    index = build_index(vectors, 'scann', leaves=300, effort=(0.05, 4))
     completed, jax_search = [], index_module._jax_search
     monkeypatch.setattr(
         index_module, '_jax_search', lambda *args: completed.append(1) or jax_search(*args)
@@ -184,6 +184,25 @@ def test_tree_above_20_000_items():
     ids, scores = index.search(queries, 50)
     expected = np.take_along_axis(queries @ vectors.T, ids - 1, 1)
     np.testing.assert_allclose(scores, expected, rtol=1e-4)
+
+
+@needs_scann
+@pytest.mark.parametrize(('spread', 'share'), [(0.3, 0.01), (10.0, 0.1)])
+def test_n03_a_tree_searches_as_much_as_its_vectors_need(spread, share, tmp_path, monkeypatch):
+    """Tight clusters need few leaves; vectors without any need many, or recall suffers."""
+    centres = random(0, 100, 16)
+    vectors = np.repeat(centres, 40, 0) + spread * random(1, 4000, 16)
+    queries = centres + spread * random(2, 100, 16)
+    index = build_index(vectors, 'tree', queries=queries)
+    assert index.backend == 'scann (tree, 63 leaves)'
+    assert recall_against_exact(index, queries, 50) >= 0.975
+    searched = index.settings['effort'][0]
+    assert searched <= share if spread < 1 else searched >= share
+    save_index(index, tmp_path, 'hash')
+    monkeypatch.setattr(index_module, '_choose_effort', None)  # nothing is measured again
+    loaded = load_index(tmp_path, 'hash')
+    assert loaded.settings == index.settings
+    assert recall_against_exact(loaded, queries, 50) >= 0.96  # ScaNN plants another tree
 
 
 @pytest.fixture
@@ -295,7 +314,7 @@ def test_bad_vectors_are_refused():
         index.search(random(0, 4), 1)
     with pytest.raises(InputError, match='no item vectors'):
         build_index(np.zeros((0, 4)), 'exact')
-    with pytest.raises(InputError, match=r"is 'faiss'; allowed are auto, scann, exact, approx"):
+    with pytest.raises(InputError, match=r"is 'faiss'; allowed are auto, scann, tree, exact"):
         build_index(random(0, 20, 4), 'faiss')
     with pytest.raises(InputError, match=r'leaves is 0; allowed: 1 or more'):
         build_index(random(0, 20, 4), 'exact', leaves=0)

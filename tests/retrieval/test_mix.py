@@ -1,4 +1,4 @@
-"""Mixes against z-scores of the scores themselves, weights on cases by hand, and fused lists."""
+"""Mixes against z-scores of the scores themselves, and weights on cases by hand."""
 
 import dataclasses
 import math
@@ -8,12 +8,11 @@ import pytest
 
 from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import hit_rate, ndcg
-from palr_jax.retrieval import Candidates, Popularity, target_ranks
+from palr_jax.retrieval import Popularity, target_ranks
 from palr_jax.retrieval.mix import (
     Mix,
     choose_weights,
     load_weights,
-    reciprocal_rank,
     save_weights,
     standardize,
 )
@@ -178,50 +177,6 @@ def test_weights_follow_the_metric_and_the_users(chain):
         choose_weights(members, chain, users[:0], True)
     with pytest.raises(InputError, match='for 0 retrievers'):
         choose_weights((), chain, users, True)
-
-
-def candidates(*rows):
-    items = np.array(rows, np.int32)
-    scores = np.where(items > 0, -np.arange(items.shape[1]), -np.inf).astype(np.float32)
-    return Candidates(np.arange(len(rows)) + 3, items, scores)
-
-
-def test_reciprocal_ranks_by_hand():
-    """k0 = 1 and weights 1 and 2: the list 5, 6, 7 gives 1/2, 1/3, 1/4, the list 7, 8 gives 1, 2/3.
-
-    The second user has one item in the second list and none in the first.
-    """
-    fused = reciprocal_rank(
-        [candidates([5, 6, 7], [-1, -1, -1]), candidates([7, 8], [9, -1])], (1, 2), k0=1
-    )
-    assert fused.users.tolist() == [3, 4]
-    assert fused.items.tolist() == [[7, 8, 5], [9, -1, -1]]
-    np.testing.assert_allclose(fused.scores, [[5 / 4, 2 / 3, 1 / 2], [1, -np.inf, -np.inf]])
-    assert (fused.items.dtype, fused.scores.dtype) == (np.int32, np.float32)
-
-
-def test_one_weight_alone_is_that_list():
-    """A list of weight 0 adds no item, not even to slots that are left."""
-    first, second = candidates([5, 6, -1], [1, -1, -1]), candidates([9, 8, 7], [2, 3, 4])
-    assert reciprocal_rank([first, second], (1, 0)).items.tolist() == first.items.tolist()
-    assert reciprocal_rank([first, second], (0, 0.5)).items.tolist() == second.items.tolist()
-
-
-def test_equal_sums_come_in_the_order_of_ids():
-    """Every item has every rank once, and 1/61 + 1/62 + 1/63 depends on the order of addition."""
-    lists = [candidates([3, 1, 2]), candidates([1, 2, 3]), candidates([2, 3, 1])]
-    fused = reciprocal_rank(lists, (1, 1, 1))
-    assert fused.items.tolist() == [[1, 2, 3]]
-    assert len(set(fused.scores[0].tolist())) == 1
-
-
-def test_lists_that_do_not_fit_are_refused():
-    one, other = candidates([1, 2]), candidates([1, 2], [3, 4])
-    with pytest.raises(InputError, match='different users'):
-        reciprocal_rank([one, other], (1, 1))
-    for lists, weights in (([one], (1, 1)), ([], ()), ([one], (-1,)), ([one, one], (0, 0))):
-        with pytest.raises(InputError, match=f'{len(lists)} lists have the weights'):
-            reciprocal_rank(lists, weights)
 
 
 def test_weights_are_read_as_written(tmp_path):
