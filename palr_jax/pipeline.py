@@ -10,6 +10,7 @@ fine-tuning from its newest checkpoint, ranking from the users scored so far.
 
 import functools
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -32,7 +33,7 @@ from palr_jax.finetune.train import Program, answer_losses, train
 from palr_jax.llama import lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
 from palr_jax.llama.weights import Shardings
-from palr_jax.parallel import rules
+from palr_jax.parallel import distributed, rules
 from palr_jax.parallel.mesh import check_rows, make_mesh
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.llm_profile import llm_profiles
@@ -46,6 +47,7 @@ from palr_jax.retrieval import Candidates
 from palr_jax.stages import STAGES, Ledger, flatten, retrieval_reads_texts
 
 BASE = ('popularity', 'retriever')  # rows that need no LLM
+SHARED = ('finetune', 'ranking')  # stages of all processes; process 0 does the others alone
 VERSIONS = (
     *('palr_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain'),
     *('transformers', 'tokenizers', 'scann', 'numpy'),
@@ -67,10 +69,11 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
       InputError: bad input of any kind.
     """
     validate(config)
-    ledger = Ledger(config, workdir, overwrite)
+    ledger = distributed.in_turn(lambda: Ledger(config, workdir, overwrite))
     project = Project(config, workdir)
-    if not {'finetune', 'ranking'}.isdisjoint(config.stages):
+    if not set(SHARED).isdisjoint(config.stages):
         project.check_layout()
+    project.check_processes()
     storage.write_json(project.workdir / 'config.json', flatten(config))
     run_stage = {
         'data': prepare_data,
@@ -87,20 +90,23 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
                 stage == 'retrieval' and retrieval_reads_texts(config)
             )
             weights = project.checkpoint.fingerprint if reads_model else None
+            distributed.barrier(stage)  # what the stage before wrote is there for all
             inputs = ledger.inputs(stage, weights)
-            if ledger.complete(stage, inputs):
+            if distributed.agree(ledger.complete(stage, inputs)):
                 logging.info('%s: finished before', stage)
                 continue
-            if stage == 'retrieval' and not {'finetune', 'ranking'}.isdisjoint(config.stages):
+            if stage == 'retrieval' and not set(SHARED).isdisjoint(config.stages):
                 _ = project.encoder  # a wrong model or template is told now, not after training
             logging.info('%s: begins', stage)
             began = ledger.begin(stage, inputs)
             try:
-                run_stage[stage](project)
+                work = functools.partial(run_stage[stage], project)
+                work() if stage in SHARED else distributed.by_one(work)
             except InputError:
                 ledger.abandon(stage)
                 raise
             ledger.finish(stage, inputs, began)
+    distributed.barrier('end')
     if 'report' not in config.stages:
         return None
     return storage.read_json(project.workdir / 'report' / 'metrics.json')
@@ -146,6 +152,19 @@ class Project:
         tuning = self.config.finetune
         check_rows('finetune.batch_size', tuning.batch_size, self.mesh, tuning.accumulate)
         check_rows('ranking.batch_size', self.config.ranking.batch_size, self.mesh)
+
+    def check_processes(self) -> None:
+        """Logs who is in this run, and refuses what one process cannot do alone."""
+        if jax.process_count() == 1:
+            return
+        fields = json.dumps(flatten(self.config), sort_keys=True)
+        distributed.preflight(hashlib.sha256(fields.encode()).hexdigest())
+        if 'retrieval' in self.config.stages and retrieval_reads_texts(self.config):
+            raise InputError(
+                'config.retrieval asks the base model for texts, and process 0 cannot run a model '
+                "that all share; allowed: a run of one process with config.stages=('data', "
+                "'retrieval') first, then this one without these two."
+            )
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -374,7 +393,7 @@ def finetune(project: Project) -> None:
         workdir=project.workdir,
         mesh=project.mesh,
     )
-    peft.save_adapter(project.adapter_folder, adapter, spec, config.model.path)
+    peft.save_adapter(project.adapter_folder, distributed.whole(adapter), spec, config.model.path)
 
     # Whether what was learned carries over to users who gave no example; one example each.
     held_out = np.random.default_rng([config.seed, 4]).permutation(others)
@@ -457,7 +476,7 @@ def rank_users(project: Project) -> None:
                 path=project.scores_path(system, part),
                 identity=identity,
             )
-    choose_fusion(project, systems[-1][0])
+    distributed.by_one(lambda: choose_fusion(project, systems[-1][0]))
 
 
 def choose_fusion(project: Project, system: str) -> None:
