@@ -29,7 +29,7 @@ Result = TypeVar('Result')
 
 ENVIRONMENT = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
-LOST = 3  # exit status of a process that has lost another
+LOST = 142  # exit status of a process that has lost another; xpk restarts on 127 to 255
 CARD_BYTES = 512  # of what a process says of itself
 MESSAGE_BYTES = 2048
 OF_A_PEER = ('gloo', 'heartbeat', 'coordination service', 'connection closed', 'unavailable:')
