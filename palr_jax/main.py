@@ -9,16 +9,32 @@ from etils import epath
 from ml_collections import config_flags
 
 from palr_jax import cli, data, evaluation, pipeline
+from palr_jax.parallel import distributed
 
 CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'The config file, configs/NAME.py, with :ARGUMENT if it takes one.'
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written.')
+DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'This is one of several processes of a run; see docs/tpu.md.'
+)
+WAIT = flags.DEFINE_integer(
+    'wait', 300, 'Seconds until all processes must be there.', lower_bound=1
+)
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Redo the stages that a changed config affects.')
 
 
 def main(_: list[str]) -> None:
-    report = pipeline.run(CONFIG.value, WORKDIR.value, overwrite=OVERWRITE.value)
+    if DISTRIBUTED.value:
+        distributed.start(WAIT.value)
+    try:
+        report = pipeline.run(CONFIG.value, WORKDIR.value, overwrite=OVERWRITE.value)
+    except Exception as error:
+        if distributed.lost_a_peer(error):
+            distributed.leave(error)
+        raise
+    if not distributed.is_writer():
+        return
     if report is not None:
         print(evaluation.table(report))
     else:

@@ -40,6 +40,9 @@ class MetricWriter:
         Raises:
           InputError: the file is damaged elsewhere than in a last line that was cut off.
         """
+        self._silent = not storage.writes()
+        if self._silent:
+            return
         self._path = epath.Path(workdir) / FILE
         self._from_step = dict(from_step or {})
         self._events: dict[str, SummaryWriter] = {}
@@ -54,8 +57,10 @@ class MetricWriter:
         else:
             self._file = self._path.open('a')
 
-    def write(self, step: int, stage: str, **scalars: float) -> None:
-        """Writes one line; NaN and infinity become null, and no TensorBoard event."""
+    def write(self, step: int, stage: str, **scalars: float | None) -> None:
+        """Writes one line; NaN, infinity and None become null, and no TensorBoard event."""
+        if self._silent:
+            return
         values = {name: _number(value) for name, value in scalars.items()}
         line = json.dumps({'step': int(step), 'stage': stage} | values, allow_nan=False) + '\n'
         if self._remote:
@@ -76,6 +81,8 @@ class MetricWriter:
                 events.add_scalar(name, value, int(step))
 
     def close(self) -> None:
+        if self._silent:
+            return
         if self._remote:
             self._upload()
             return
@@ -117,8 +124,10 @@ def _kept(text: str, from_step: Mapping[str, int], path: epath.Path) -> str:
     return ''.join(kept)
 
 
-def _number(value: float) -> float | int | None:
-    """A Python number of a Python, NumPy or JAX scalar."""
+def _number(value: float | None) -> float | int | None:
+    """A Python number of a Python, NumPy or JAX scalar; None, which is not known, stays None."""
+    if value is None:
+        return None
     value = value.item() if hasattr(value, 'item') else value
     if not isinstance(value, int | float):
         raise TypeError(f'a metric must be a number, found {value!r}')

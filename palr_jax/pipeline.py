@@ -10,6 +10,7 @@ fine-tuning from its newest checkpoint, ranking from the users scored so far.
 
 import functools
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from palr_jax import data, evaluation, retrieval, storage
@@ -30,6 +32,9 @@ from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.train import Program, answer_losses, train
 from palr_jax.llama import lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
+from palr_jax.llama.weights import Shardings
+from palr_jax.parallel import distributed, rules
+from palr_jax.parallel.mesh import check_rows, make_mesh
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.llm_profile import llm_profiles
 from palr_jax.prompts.profile import count_profile
@@ -42,6 +47,7 @@ from palr_jax.retrieval import Candidates
 from palr_jax.stages import STAGES, Ledger, flatten, retrieval_reads_texts
 
 BASE = ('popularity', 'retriever')  # rows that need no LLM
+SHARED = ('finetune', 'ranking')  # stages of all processes; process 0 does the others alone
 VERSIONS = (
     *('palr_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain'),
     *('transformers', 'tokenizers', 'scann', 'numpy'),
@@ -63,8 +69,11 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
       InputError: bad input of any kind.
     """
     validate(config)
-    ledger = Ledger(config, workdir, overwrite)
+    ledger = distributed.in_turn(lambda: Ledger(config, workdir, overwrite))
     project = Project(config, workdir)
+    if not set(SHARED).isdisjoint(config.stages):
+        project.check_layout()
+    project.check_processes()
     storage.write_json(project.workdir / 'config.json', flatten(config))
     run_stage = {
         'data': prepare_data,
@@ -81,20 +90,23 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
                 stage == 'retrieval' and retrieval_reads_texts(config)
             )
             weights = project.checkpoint.fingerprint if reads_model else None
+            distributed.barrier(stage)  # what the stage before wrote is there for all
             inputs = ledger.inputs(stage, weights)
-            if ledger.complete(stage, inputs):
+            if distributed.agree(ledger.complete(stage, inputs)):
                 logging.info('%s: finished before', stage)
                 continue
-            if stage == 'retrieval' and not {'finetune', 'ranking'}.isdisjoint(config.stages):
+            if stage == 'retrieval' and not set(SHARED).isdisjoint(config.stages):
                 _ = project.encoder  # a wrong model or template is told now, not after training
             logging.info('%s: begins', stage)
             began = ledger.begin(stage, inputs)
             try:
-                run_stage[stage](project)
+                work = functools.partial(run_stage[stage], project)
+                work() if stage in SHARED else distributed.by_one(work)
             except InputError:
                 ledger.abandon(stage)
                 raise
             ledger.finish(stage, inputs, began)
+    distributed.barrier('end')
     if 'report' not in config.stages:
         return None
     return storage.read_json(project.workdir / 'report' / 'metrics.json')
@@ -122,7 +134,37 @@ class Project:
         """The base model's parameters."""
         model = self.config.model
         logging.info('loading the weights of %s', model.path)
-        return self.checkpoint.params(model.dtype, model.quantize)
+        dtype = 'float32' if self.config.finetune.full else model.dtype
+        return self.checkpoint.params(dtype, model.quantize, self.shardings)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the LLM's work; None where one does it all."""
+        mesh = make_mesh(self.config.mesh)
+        return mesh if mesh.size > 1 else None
+
+    @property
+    def shardings(self) -> Shardings | None:
+        return rules.shardings(self.mesh, self.checkpoint.config) if self.mesh else None
+
+    def check_layout(self) -> None:
+        """Refuses, before any work, a mesh or batches that the devices cannot share."""
+        tuning = self.config.finetune
+        check_rows('finetune.batch_size', tuning.batch_size, self.mesh, tuning.accumulate)
+        check_rows('ranking.batch_size', self.config.ranking.batch_size, self.mesh)
+
+    def check_processes(self) -> None:
+        """Logs who is in this run, and refuses what one process cannot do alone."""
+        if jax.process_count() == 1:
+            return
+        fields = json.dumps(flatten(self.config), sort_keys=True)
+        distributed.preflight(hashlib.sha256(fields.encode()).hexdigest())
+        if 'retrieval' in self.config.stages and retrieval_reads_texts(self.config):
+            raise InputError(
+                'config.retrieval asks the base model for texts, and process 0 cannot run a model '
+                "that all share; allowed: a run of one process with config.stages=('data', "
+                "'retrieval') first, then this one without these two."
+            )
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -175,7 +217,12 @@ class Project:
 
     @functools.cached_property
     def _base_scorer(self) -> Callable[[Any, Batch], jax.Array]:
-        return make_scorer(self.checkpoint.config, None, jnp.dtype(self.config.model.dtype))
+        return self.scorer(None)
+
+    def scorer(self, spec: lora.LoraSpec | None) -> Callable[[Any, Batch], jax.Array]:
+        """The ranking program of the model, with an adapter of this shape."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        return make_scorer(self.checkpoint.config, spec, dtype, self.mesh)
 
     @property
     def texts(self) -> retrieval.Texts:
@@ -209,14 +256,8 @@ class Project:
     def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec]:
         """The base model with the run's adapter beside its kernels, and the adapter's shape."""
         adapter, spec = peft.load_adapter(self.adapter_folder, self.checkpoint.config)
-        return lora.join(jax.tree.map(jnp.asarray, adapter), self.base), spec
-
-    @property
-    def lora(self) -> lora.LoraSpec:
-        config = self.config.lora
-        return lora.LoraSpec(
-            config.rank, config.alpha, tuple(config.targets), config.rslora, config.dropout
-        )
+        adapter = jax.tree.map(jnp.asarray, adapter)
+        return lora.join(rules.shard(adapter, self.mesh, self.checkpoint.config), self.base), spec
 
     @property
     def adapter_folder(self) -> epath.Path:
@@ -227,6 +268,14 @@ class Project:
 
 
 # --- data -------------------------------------------------------------------------------------
+
+
+def lora_spec(config: ConfigDict) -> lora.LoraSpec:
+    """The adapter's shape that a config asks for."""
+    config = config.lora
+    return lora.LoraSpec(
+        config.rank, config.alpha, tuple(config.targets), config.rslora, config.dropout
+    )
 
 
 def prepare_data(project: Project) -> None:
@@ -327,19 +376,32 @@ def finetune(project: Project) -> None:
     ours, others = split_users(split, config.tasks.users, config.seed)
     tokens, _ = encode_examples(project, ours)
     logging.info('finetune: %d examples of %d users', len(tokens), len(ours))
-    model = project.checkpoint.config
-    program = Program(model, project.lora, jnp.dtype(config.model.dtype))
-    adapter = train(
-        project.base, program, tokens, config.finetune, seed=config.seed, workdir=project.workdir
+    model, spec = project.checkpoint.config, lora_spec(config)
+    program = Program(
+        model,
+        spec,
+        jnp.dtype(config.model.dtype),
+        config.model.remat,
+        config.finetune.accumulate,
     )
-    peft.save_adapter(project.adapter_folder, adapter, project.lora, config.model.path)
+    adapter = train(
+        project.base,
+        program,
+        tokens,
+        config.finetune,
+        seed=config.seed,
+        workdir=project.workdir,
+        mesh=project.mesh,
+    )
+    peft.save_adapter(project.adapter_folder, distributed.whole(adapter), spec, config.model.path)
 
     # Whether what was learned carries over to users who gave no example; one example each.
     held_out = np.random.default_rng([config.seed, 4]).permutation(others)
     tokens, users = encode_examples(project, np.sort(held_out[: config.finetune.held_out]))
     users, first = np.unique(users, return_index=True)
     tokens = [tokens[i] for i in first]
-    fresh = lora.init_adapter(model, project.lora, config.seed)  # changes nothing: B is zero
+    fresh = lora.init_adapter(model, spec, config.seed)  # changes nothing: B is zero
+    fresh = rules.shard(fresh, project.mesh, model)
     before, after = (
         answer_losses(lora.join(leaves, project.base), program, tokens, config.finetune.length)
         for leaves in (fresh, adapter)
@@ -398,7 +460,7 @@ def rank_users(project: Project) -> None:
     systems = [('llm_zero_shot', project.base, None, ''), *tuned]
     queries = {part: make_queries(project, part) for part in ('valid', 'test')}
     for system, params, spec, identity in systems:
-        scorer = make_scorer(project.checkpoint.config, spec, jnp.dtype(project.config.model.dtype))
+        scorer = project.scorer(spec)
         for part in ('valid', 'test') if system == systems[-1][0] else ('test',):
             users, items, of_users = queries[part]
             score_users(
@@ -414,7 +476,7 @@ def rank_users(project: Project) -> None:
                 path=project.scores_path(system, part),
                 identity=identity,
             )
-    choose_fusion(project, systems[-1][0])
+    distributed.by_one(lambda: choose_fusion(project, systems[-1][0]))
 
 
 def choose_fusion(project: Project, system: str) -> None:

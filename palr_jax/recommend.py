@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -21,7 +20,7 @@ from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
 from palr_jax.pipeline import Project
 from palr_jax.ranking.fuse import fuse
-from palr_jax.ranking.score import make_scorer, score_queries
+from palr_jax.ranking.score import score_queries
 from palr_jax.ranking.users import Scores, make_query
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
@@ -60,8 +59,9 @@ def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[R
     workdir = epath.Path(workdir)
     if not (workdir / 'ranking' / 'stage.json').exists():
         raise InputError(f'--workdir={workdir} holds no finished run; allowed: one that is ranked.')
-    project = Project(restore(storage.read_json(workdir / 'config.json')), workdir)
-    config = project.config
+    config = restore(storage.read_json(workdir / 'config.json'))
+    config.mesh.update({'data': 1, 'fsdp': 1, 'tensor': 1, 'slices': 1})  # one user, one device
+    project = Project(config, workdir)
     history = find_items(titles, project.dataset.catalogue)
     items, base_scores = retrieve_for(project, history)
     fusion = storage.read_json(workdir / 'ranking' / 'fusion.json')
@@ -71,7 +71,7 @@ def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[R
     query, _ = make_query(
         project.encoder, config.prompts, history, profile, items, seed=[config.seed, 5]
     )
-    scorer = make_scorer(project.checkpoint.config, spec, jnp.dtype(config.model.dtype))
+    scorer = project.scorer(spec)
     with jax.default_matmul_precision(config.model.matmul_precision):
         ((_, sums),) = score_queries(
             scorer,

@@ -6,8 +6,8 @@ start, so a half-finished stage cannot be continued under another config.
 
 The same command again continues. A config change that affects a stage begun before is refused, with
 the field and the first such stage; `--overwrite` removes that stage and the later ones and redoes
-them. Three things invalidate nothing: which stages are asked for, how results are shown, and more
-`finetune.steps`, which continue the same run.
+them. Four things invalidate nothing: which stages are asked for, how results are shown, the devices
+and how the work is laid out on them, and more `finetune.steps`, which continue the same run.
 """
 
 import hashlib
@@ -45,6 +45,10 @@ NEEDS = {
 }
 STAGES = tuple(DEPENDS)
 STEPS = 'finetune.steps'
+# Fields that change where and how fast the same numbers are computed, to rounding.
+LAYOUT = {
+    *('model.remat', 'finetune.accumulate', 'finetune.profile_at', 'finetune.profile_steps'),
+}
 
 
 class Ledger:
@@ -176,7 +180,7 @@ def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
             part |= flatten(value, f'{name}.')
         else:
             part[name] = value
-    return part
+    return {field: value for field, value in part.items() if field not in LAYOUT}
 
 
 def flatten(config: ConfigDict, prefix: str = '') -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Paths go through `etils.epath`, so `gs://…` works where a local path does. A local file is written
 under a temporary name and renamed. Object stores have no rename, but a write there appears whole
-or not at all.
+or not at all. Of several processes in one run, one writes.
 """
 
 import io
@@ -18,10 +18,25 @@ from etils import epath
 
 from palr_jax.errors import InputError
 
+_reads_only = False
+
+
+def only_read() -> None:
+    """From now on this process writes nothing, without a word: another one does."""
+    global _reads_only
+    _reads_only = True
+
+
+def writes() -> bool:
+    """Whether this process writes files."""
+    return not _reads_only
+
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
     """Writes `data` to `path`, whole or not at all; makes the parent folders."""
     path = epath.Path(path)
+    if not writes():
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if '://' in os.fspath(path):

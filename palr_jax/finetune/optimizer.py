@@ -1,5 +1,7 @@
 """The optimiser: AdamW for the adapter, nothing for the base, along one label tree.
 
+In full fine-tuning there is no adapter, and AdamW has every leaf.
+
 Everything that looks at more than one leaf (the gradient norm, the decay, the schedule's clock)
 stands inside the adapter's branch of `optax.partition`. A clip outside of it would read, and so
 keep alive, a gradient for every frozen leaf.
@@ -10,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from palr_jax.llama import lora
 
@@ -32,17 +35,20 @@ def learning_rate(config) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
-    """The transformation of the whole parameter tree; its state holds adapter leaves only.
+def make_optimizer(config, full: bool = False) -> optax.GradientTransformation:
+    """The transformation of the whole parameter tree; its state holds trained leaves only.
 
-    AdamW's second moment forgets with b2 = 0.99, for runs of hundreds of steps. The decay acts
-    after Adam's scaling, on the adapter alone.
+    Those are the adapter's, or all of them if `full`. AdamW's second moment forgets with b2 = 0.99,
+    for runs of hundreds of steps. The decay acts
+    after Adam's scaling, on the same leaves alone.
     """
-    adapter = optax.chain(
+    trained = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(learning_rate(config), b2=0.99, weight_decay=config.weight_decay),
     )
-    return optax.partition({lora.ADAPTER: adapter, lora.FROZEN: optax.set_to_zero()}, lora.labels)
+    if full:
+        return trained
+    return optax.partition({lora.ADAPTER: trained, lora.FROZEN: optax.set_to_zero()}, lora.labels)
 
 
 def update(
@@ -52,7 +58,9 @@ def update(
     adapter: Params,
     frozen: Params,
 ) -> tuple[Params, optax.OptState]:
-    """One step on the adapter. The frozen leaves' zero gradients exist in the trace alone."""
+    """One step on the trained leaves. The frozen ones' zero gradients exist in the trace alone."""
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), frozen)
     updates, state = optimizer.update(lora.join(gradient, zeros), state, lora.join(adapter, frozen))
-    return optax.apply_updates(adapter, lora.split(updates)[0]), state
+    flat = traverse_util.flatten_dict(updates)
+    of_adapter = {path: flat[path] for path in traverse_util.flatten_dict(adapter)}
+    return optax.apply_updates(adapter, traverse_util.unflatten_dict(of_adapter)), state

@@ -7,7 +7,7 @@ input. The base is never written: it is read again from where it came from.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,17 +17,21 @@ import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 
 from palr_jax.errors import InputError
 from palr_jax.finetune import input as finetune_input
 from palr_jax.finetune.input import Rows, Tokens
 from palr_jax.finetune.optimizer import learning_rate, make_optimizer, update
+from palr_jax.finetune.throughput import Trace, log_overview, utilisation
 from palr_jax.llama import lora
 from palr_jax.llama.attention import Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import Llama, log_likelihood, output_head
 from palr_jax.metric_writer import MetricWriter
+from palr_jax.parallel import rules
+from palr_jax.parallel.mesh import ROW_AXES, check_rows, constrain, shard_rows, using
 from palr_jax.progress import Progress
 
 Params = Any
@@ -39,13 +43,17 @@ class Program:
 
     Attributes:
       model: the architecture.
-      lora: the adapter's shape.
-      dtype: of the frozen base.
+      lora: the adapter's shape; None in full fine-tuning, where the base itself is trained.
+      dtype: of the frozen base and of the activations.
+      remat: what the backward pass keeps of a layer, a name of `llama.model.REMAT`.
+      parts: a batch is run in so many parts, whose gradients are summed.
     """
 
     model: LlamaConfig
-    lora: LoraSpec
+    lora: LoraSpec | None
     dtype: Any
+    remat: str = 'projections'
+    parts: int = 1
 
 
 def answer_log_likelihood(
@@ -55,7 +63,7 @@ def answer_log_likelihood(
 
     With a `key` the adapter's inputs have dropout, drawn from it.
     """
-    model = Llama(program.model, program.lora, program.dtype)
+    model = Llama(program.model, program.lora, program.dtype, program.remat)
     hidden = model.apply(
         {'params': params},
         rows.tokens,
@@ -64,17 +72,53 @@ def answer_log_likelihood(
         rngs=None if key is None else {'dropout': key},
     )
     before = jnp.take_along_axis(hidden, rows.before[..., None], axis=1)
-    B, M, D = before.shape
-    flat = log_likelihood(before.reshape(B * M, D), rows.targets.reshape(-1), output_head(params))
-    return flat.reshape(B, M)
+    head = output_head(params).astype(program.dtype)
+    return log_likelihood(constrain(before, ROW_AXES), rows.targets, head)
 
 
 def loss(
-    adapter: Params, frozen: Params, rows: Rows, program: Program, key: jax.Array | None = None
+    adapter: Params,
+    frozen: Params,
+    rows: Rows,
+    program: Program,
+    key: jax.Array | None = None,
+    answers: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean negative log-likelihood of the batch's answer tokens, in nats; 0 if there are none."""
+    """Mean negative log-likelihood of the batch's answer tokens, in nats; 0 if there are none.
+
+    `answers` is their number, where `rows` are a part of the batch.
+    """
     values = answer_log_likelihood(lora.join(adapter, frozen), rows, program, key)
-    return -jnp.sum(values * rows.weights) / jnp.maximum(jnp.sum(rows.weights), 1.0)
+    answers = jnp.sum(rows.weights) if answers is None else answers
+    return -jnp.sum(values * rows.weights) / jnp.maximum(answers, 1.0)
+
+
+def loss_and_gradient(
+    adapter: Params, frozen: Params, rows: Rows, program: Program, key: jax.Array | None = None
+) -> tuple[jax.Array, Params]:
+    """The loss of the batch and its gradient in the adapter, summed over `program.parts`.
+
+    Each part is weighed by its share of the answer tokens, so the sum is that of the whole batch.
+    """
+    value_and_grad = jax.value_and_grad(loss)
+    if program.parts == 1:
+        return value_and_grad(adapter, frozen, rows, program, key)
+    answers = jnp.sum(rows.weights)
+
+    def split(array):
+        """[B, …] -> [parts, B / parts, …], of every device's rows the same share: none moves."""
+        array = array.reshape(-1, program.parts, *array.shape[1:]).swapaxes(0, 1)
+        return constrain(array, None, ROW_AXES)
+
+    def add(sums, inputs):
+        number, part = inputs
+        part_key = None if key is None else jax.random.fold_in(key, number)
+        found = value_and_grad(adapter, frozen, part, program, part_key, answers)
+        return jax.tree.map(jnp.add, sums, found), None
+
+    nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter)
+    numbered = jnp.arange(program.parts), jax.tree.map(split, rows)
+    return jax.lax.scan(add, nothing, numbered)[0]
 
 
 def train_step(
@@ -89,11 +133,24 @@ def train_step(
 ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
     """One optimiser step: (adapter, state, {'loss', 'gradient_norm'}). Only the adapter moves.
 
-    `key` is for the dropout; without one there is none.
+    `key` is for the dropout; without one there is none. In full fine-tuning `adapter` is the whole
+    tree, and `frozen` is empty.
     """
-    value, gradient = jax.value_and_grad(loss)(adapter, frozen, rows, program, key)
+    value, gradient = loss_and_gradient(adapter, frozen, rows, program, key)
     adapter, state = update(optimizer, gradient, state, adapter, frozen)
     return adapter, state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
+
+
+def make_step(
+    program: Program, optimizer: optax.GradientTransformation, shardings: Any = None
+) -> Callable[..., tuple[Params, optax.OptState, dict[str, jax.Array]]]:
+    """The jitted `train_step`, which gives its first two arguments' memory to its results.
+
+    `shardings` are those of the adapter and of the state, in that order.
+    """
+    step = functools.partial(train_step, program=program, optimizer=optimizer)
+    places = {} if shardings is None else {'out_shardings': (*shardings, None)}
+    return jax.jit(step, donate_argnums=(0, 1), **places)
 
 
 def train(
@@ -104,38 +161,46 @@ def train(
     *,
     seed: int,
     workdir: epath.PathLike,
+    mesh: Mesh | None = None,
 ) -> Params:
     """Trains an adapter for `config.steps` steps, from the newest checkpoint if there is any.
 
     Args:
-      frozen: the base parameters.
+      frozen: the base parameters, on `mesh` if there is one. Full fine-tuning takes their memory.
       program: what to compile for.
       examples: the encoded examples.
       config: `config.finetune`.
       seed: of the adapter's start, of the order of the examples and of the dropout.
       workdir: checkpoints go to `finetune/checkpoints` in it, the curves to `metrics.jsonl`.
+      mesh: the devices that share the work; None for the default device alone.
 
     Returns:
-      The adapter leaves.
+      The adapter leaves, or all of them in full fine-tuning.
 
     Raises:
       InputError: loss or gradient are not finite, or a longer run than was asked for lies there.
     """
+    check_rows('finetune.batch_size', config.batch_size, mesh, program.parts)
     rows = finetune_input.PackedRows(
         examples, config.length, config.steps * config.batch_size, seed
     )
     source = finetune_input.batches(rows, config.batch_size)
-    optimizer = make_optimizer(config)
-    adapter = lora.init_adapter(program.model, program.lora, seed)
-    state = optimizer.init(lora.join(adapter, frozen))
-    step_fn = jax.jit(
-        functools.partial(train_step, program=program, optimizer=optimizer), donate_argnums=(0, 1)
-    )
+    full = program.lora is None
+    optimizer = make_optimizer(config, full)
+    if full:
+        adapter, frozen = frozen, {}
+    else:
+        adapter = lora.init_adapter(program.model, program.lora, seed)
+        adapter = rules.shard(adapter, mesh, program.model)
+    state, places = init_state(optimizer, adapter, frozen, program.model, mesh)
+    log_overview({'trained': adapter, 'frozen': frozen, 'optimiser': state})
+    step_fn = make_step(program, optimizer, places)
     schedule = learning_rate(config)
     key = jax.random.key(seed)
+    trace = Trace(epath.Path(workdir) / 'finetune' / 'profile', config)
 
     folder = epath.Path(workdir) / 'finetune' / 'checkpoints'
-    with checkpoints(folder, config.checkpoint_every) as manager:
+    with using(mesh), checkpoints(folder, config.checkpoint_every) as manager:
         start = manager.latest_step() or 0
         if start > config.steps:
             raise InputError(
@@ -148,13 +213,17 @@ def train(
         with (
             MetricWriter(workdir, {'finetune': start + 1}) as writer,
             Progress('finetune', config.steps, 'steps', done=start) as progress,
+            trace,
         ):
             for step in range(start, config.steps):
+                trace.at(step + 1)
                 began = time.monotonic()
                 batch = source[step]
                 # A step's key follows from its number: a resumed run draws the same.
                 step_key = jax.random.fold_in(key, step)
-                adapter, state, metrics = step_fn(adapter, state, frozen, batch, step_key)
+                adapter, state, metrics = step_fn(
+                    adapter, state, frozen, shard_rows(batch, mesh), step_key
+                )
                 metrics = {name: float(value) for name, value in metrics.items()}
                 for name in ('loss', 'gradient_norm'):
                     # Before the checkpoint: a gradient of NaN has spoilt the adapter already.
@@ -170,12 +239,29 @@ def train(
                     **metrics,
                     learning_rate=float(schedule(step)),
                     tokens_per_second=float(np.sum(batch.segments > 0)) / seconds,
+                    model_flops_utilisation=utilisation(program, batch, seconds, mesh),
                 )
                 last = step + 1 == config.steps
                 manager.save(step + 1, args=_save_args(adapter, state), force=last)
                 progress.update(note=f'loss {metrics["loss"]:.3f}')
         manager.wait_until_finished()
     return adapter
+
+
+def init_state(
+    optimizer: optax.GradientTransformation,
+    adapter: Params,
+    frozen: Params,
+    model: LlamaConfig,
+    mesh: Mesh | None,
+) -> tuple[optax.OptState, Any]:
+    """The optimiser's state, and the shardings for `make_step`; no frozen leaf is copied."""
+    params = lora.join(adapter, frozen)
+    if mesh is None:
+        return optimizer.init(params), None
+    of_state = rules.tree_shardings(jax.eval_shape(optimizer.init, params), mesh, model)
+    places = rules.tree_shardings(adapter, mesh, model), of_state
+    return jax.jit(optimizer.init, out_shardings=of_state)(params), places
 
 
 def checkpoints(folder: epath.PathLike, every: int) -> ocp.CheckpointManager:

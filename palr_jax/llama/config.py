@@ -76,6 +76,25 @@ class LlamaConfig:
     max_positions: int
 
 
+# By the last part of the name on the Hub, for programs that are compiled without the weights.
+ARCHITECTURES = {
+    'llama-7b': LlamaConfig(
+        vocab_size=32000,
+        width=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        hidden=11008,
+        norm_eps=1e-6,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tied_head=False,
+        max_positions=2048,
+    ),
+}
+
+
 def from_hf(config: Mapping[str, Any], where: str) -> LlamaConfig:
     """Parses the content of a `config.json`; absent fields have the defaults of transformers.
 

@@ -105,15 +105,30 @@ def target_path(name: str) -> tuple[str, str, str]:
 
 
 def init_adapter(config: LlamaConfig, spec: LoraSpec, seed: int) -> Params:
-    """A fresh float32 adapter tree: A uniform within 1/sqrt(fan_in) as PEFT draws it, B zero."""
+    """A fresh float32 adapter tree: A uniform within 1/sqrt(fan_in) as PEFT draws it, B zero.
+
+    NumPy draws it: it is the same on every machine, whatever the devices.
+    """
+
+    def draw(path, leaf):
+        *_, name, letter = (key.key for key in path)
+        if letter == 'lora_b':
+            return jnp.zeros(leaf.shape)
+        rng = np.random.default_rng([seed, TARGETS.index(name)])
+        bound = leaf.shape[1] ** -0.5
+        return jnp.asarray(rng.uniform(-bound, bound, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, adapter_shapes(config, spec))
+
+
+def adapter_shapes(config: LlamaConfig, spec: LoraSpec) -> Params:
+    """The adapter tree as shapes alone."""
     flat = {}
     for name in spec.targets:
         fan_in, fan_out = projection_shape(config, name)
-        rng = np.random.default_rng([seed, TARGETS.index(name)])
-        bound = fan_in**-0.5
-        a = rng.uniform(-bound, bound, (config.layers, fan_in, spec.rank))
-        flat[(*target_path(name), 'lora_a')] = jnp.asarray(a, jnp.float32)
-        flat[(*target_path(name), 'lora_b')] = jnp.zeros((config.layers, spec.rank, fan_out))
+        for letter, shape in (('lora_a', (fan_in, spec.rank)), ('lora_b', (spec.rank, fan_out))):
+            path = (*target_path(name), letter)
+            flat[path] = jax.ShapeDtypeStruct((config.layers, *shape), jnp.float32)
     return traverse_util.unflatten_dict(flat)
 
 

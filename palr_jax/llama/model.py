@@ -21,15 +21,21 @@ from palr_jax.llama import quantize
 from palr_jax.llama.attention import Cached, Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
+from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES, constrain, row_shards
 
 Params = Any  # a nested dict of arrays
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Rotation = tuple[jax.Array, jax.Array]
 ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # as PEFT
-LOGIT_CHUNK = 256  # scored tokens whose logits [chunk, V] exist at one time
-# The backward pass keeps the outputs of the projections and computes the attention and everything
-# elementwise again: a quarter of the memory for no measurable time.
-KEEP_PROJECTIONS = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+LOGIT_CHUNK = 256  # scored tokens whose logits [chunk, V] exist at one time, on each device
+# What the backward pass keeps of a layer, by the name in `config.model.remat`; the rest it computes
+# again. Without the outputs of the attention and of everything elementwise it needs a quarter of
+# the memory for no measurable time; with the layer's input alone a tenth, for a third more work.
+REMAT = {
+    'none': jax.checkpoint_policies.everything_saveable,
+    'projections': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -86,7 +92,8 @@ class Projection(nn.Module):
             y = quantize.matmul(x, stored)
         else:
             init = nn.initializers.normal(fan_in**-0.5)
-            y = x @ self.param('kernel', init, (fan_in, self.features), self.dtype)
+            kernel = self.param('kernel', init, (fan_in, self.features), self.dtype)
+            y = x @ kernel.astype(x.dtype)  # float32 where the kernels are trained themselves
         if self.lora is None:
             return y
         # B starts at zero (the adapted model starts as the base model), A does not (else neither
@@ -112,7 +119,7 @@ class Block(nn.Module):
             norm(name='attention_norm')(x), rotation, attention
         )
         x = x + Mlp(self.config, self.lora, self.dtype, name='mlp')(norm(name='mlp_norm')(x))
-        return x, None
+        return constrain(x, ROW_AXES), None
 
 
 class Norm(nn.Module):
@@ -176,11 +183,13 @@ class Llama(nn.Module):
       config: the architecture.
       lora: which projections carry an adapter; None for the base model alone.
       dtype: of the activations, whatever the parameters have; of the parameters that `init` makes.
+      remat: what a backward pass keeps of each layer, a name of `REMAT`.
     """
 
     config: LlamaConfig
     lora: LoraSpec | None = None
     dtype: jnp.dtype = jnp.float32
+    remat: str = 'projections'
 
     @nn.compact
     def __call__(self, tokens: jax.Array, positions: jax.Array, attention: Attention) -> jax.Array:
@@ -193,11 +202,11 @@ class Llama(nn.Module):
         embed = nn.Embed(
             c.vocab_size, c.width, dtype=self.dtype, param_dtype=self.dtype, name='embed'
         )
-        x = embed(tokens)
+        x = constrain(embed(tokens), ROW_AXES)
         angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(c)
         rotation = jnp.cos(angles), jnp.sin(angles)
         layers = nn.scan(
-            nn.remat(Block, prevent_cse=False, policy=KEEP_PROJECTIONS),
+            nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
             variable_axes={'params': 0, 'cache': 0},
             split_rngs={'params': True, 'dropout': True},
             in_axes=(nn.broadcast, nn.broadcast),
@@ -220,34 +229,36 @@ def output_head(params: Params) -> jax.Array:
 def log_likelihood(hidden: jax.Array, targets: jax.Array, head: jax.Array) -> jax.Array:
     """Log-probability of each target token under the hidden state before it.
 
-    Logits, log-softmax and sums are float32. Only `LOGIT_CHUNK` rows of logits exist at a time,
-    in the backward pass too. A chunk takes every n-th token, so that each has its share of every
-    device's tokens where the batch is sharded: chunks of neighbours would be one device's work
-    after another's, and all of it would be gathered to all of them.
+    Logits, log-softmax and sums are float32. Only about `LOGIT_CHUNK` rows of logits a device exist
+    at a time, in the backward pass too. A chunk takes tokens of every row, so that each device has
+    its share of it where the rows are sharded.
 
     Args:
-      hidden: [N, D] hidden states, each of the token before its target; N at least 1.
-      targets: [N] int32 token ids; NaN comes back for one that is not in the vocabulary.
+      hidden: [B, N, D] hidden states, each of the token before its target; N at least 1.
+      targets: [B, N] int32 token ids; NaN comes back for one that is not in the vocabulary.
       head: [D, V].
 
     Returns:
-      [N] float32 natural-log probabilities.
+      [B, N] float32 natural-log probabilities.
     """
-    N, D = hidden.shape
-    chunks = -(-N // LOGIT_CHUNK)
+    B, N, D = hidden.shape
+    chunks = min(N, -(-B * N // (LOGIT_CHUNK * row_shards())))
     size = -(-N // chunks)
     padding = size * chunks - N
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(size, chunks, D).swapaxes(0, 1)
-    targets = jnp.pad(targets, (0, padding)).reshape(size, chunks).swapaxes(0, 1)
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(B, chunks, size, D)
+    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(B, chunks, size)
+    head = constrain(head, None, HEAD_AXIS)  # gathered once, not for every chunk
 
     @jax.checkpoint
     def one_chunk(inputs):
         hidden, targets = inputs
         logits = jnp.dot(hidden, head, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        logits = constrain(logits, ROW_AXES, None, HEAD_AXIS)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1)
 
-    return jax.lax.map(one_chunk, (hidden, targets)).swapaxes(0, 1).reshape(-1)[:N]
+    values = jax.lax.map(one_chunk, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+    return values.swapaxes(0, 1).reshape(B, -1)[:, :N]
 
 
 def apply_logits(

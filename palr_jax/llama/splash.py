@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES
+
 LANES = 128  # lengths are multiples of it
 BLOCKS = (512, 384, 256, LANES)  # queries and keys of a block: the largest that divides the length
-ROW_AXES, HEAD_AXIS = ('data', 'fsdp'), 'tensor'
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:

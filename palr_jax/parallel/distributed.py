@@ -22,12 +22,14 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from palr_jax import storage
 from palr_jax.errors import BAD_INPUT, InputError
 
 Result = TypeVar('Result')
 
 ENVIRONMENT = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
+LOST = 142  # exit status of a process that has lost another; xpk restarts on 127 to 255
 CARD_BYTES = 512  # of what a process says of itself
 MESSAGE_BYTES = 2048
 OF_A_PEER = ('gloo', 'heartbeat', 'coordination service', 'connection closed', 'unavailable:')
@@ -63,6 +65,8 @@ def start(timeout: int) -> None:
         raise InputError(f'--distributed: {coordinator}: {first_line(error)}') from error
     finally:
         watch.cancel()
+    if not is_writer():
+        storage.only_read()
 
 
 def _give_up(timeout: int, number: int | None, index: int | None, coordinator: str) -> None:
@@ -152,6 +156,25 @@ def by_one(work: Callable[[], None]) -> None:
         raise InputError(problem)
 
 
+def in_turn(work: Callable[[], Result]) -> Result:
+    """What `work` gives in each process; process 0 goes first, for what it does to the disk."""
+    first: list[Result] = []
+    by_one(lambda: first.append(work()))
+    return first[0] if first else work()
+
+
+def agree(decision: bool) -> bool:
+    """What process 0 has decided."""
+    return bool(gather(np.array([decision]))[0])
+
+
+def whole(tree: Any) -> Any:
+    """Arrays that are divided over processes, on every host as a whole."""
+    if jax.process_count() == 1:
+        return tree
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
 def barrier(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
@@ -169,6 +192,17 @@ def gather(array: np.ndarray) -> np.ndarray:
 def lost_a_peer(error: Exception) -> bool:
     """Whether a collective failed because another process has ended."""
     return jax.process_count() > 1 and any(word in str(error).lower() for word in OF_A_PEER)
+
+
+def leave(error: Exception) -> None:
+    """Ends this process after another has ended; the usual way out would wait for it."""
+    print(
+        'error: another process of this run has ended, see its log; the same command continues '
+        f'the run ({first_line(error)}).',
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(LOST)
 
 
 def first_line(error: BaseException) -> str:

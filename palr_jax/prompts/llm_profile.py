@@ -28,6 +28,7 @@ import numpy as np
 from etils import epath
 
 from palr_jax import storage
+from palr_jax.parallel import distributed
 from palr_jax.progress import Progress
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.profile import KEYWORDS
@@ -133,6 +134,7 @@ def choose(
     """
     keys = [question.key(f'{identity} {normalize}') for question in questions]
     known = {k: q.keywords[0] for k, q in zip(keys, questions) if len(q.keywords) == 1}
+    distributed.barrier('profiles')  # all read what is there before one writes more
     if path is not None and path.exists():
         known |= storage.read_json(path)
     todo = {key: q for key, q in zip(keys, questions) if key not in known}  # each once

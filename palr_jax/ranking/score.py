@@ -22,12 +22,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from palr_jax.errors import InputError
 from palr_jax.llama.attention import OnePass
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import Llama, log_likelihood, output_head
+from palr_jax.parallel.mesh import check_rows, shard_rows, using
 
 # XLA's CPU backend multiplies in float32. Left to itself it moves the casts of the kernels out of
 # the scan over layers: a float32 copy of the whole model, three times the memory of a 7B one.
@@ -93,7 +95,7 @@ def one_pass_scores(
     params: Any, batch: Batch, *, config: LlamaConfig, lora: LoraSpec | None, dtype: Any
 ) -> jax.Array:
     """[B, C] float32 sums of the answer tokens' log-probabilities. Differentiable in `params`."""
-    B, L = batch.prompt.shape
+    L = batch.prompt.shape[1]
     C = batch.first.shape[1]
     model = Llama(config, lora, dtype)
     attention = OnePass(batch.prompt, batch.rows)
@@ -105,23 +107,39 @@ def one_pass_scores(
     logits = jnp.dot(last_hidden, head, preferred_element_type=jnp.float32)
     first = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.first, axis=1)
 
-    rest = log_likelihood(
-        hidden[:, L:].reshape(-1, hidden.shape[-1]), batch.targets.reshape(-1), head
-    ).reshape(B, 1, -1)
+    rest = log_likelihood(hidden[:, L:], batch.targets, head)[:, None]
     # A masked sum, not a scatter: its order is fixed on every device, and padding, whatever its
     # value, stays out of it.
-    own = batch.rows.reshape(B, 1, -1) == jnp.arange(1, C + 1)[:, None]
+    own = batch.rows.reshape(len(rest), 1, -1) == jnp.arange(1, C + 1)[:, None]
     sums = first + jnp.sum(jnp.where(own, rest, 0.0), axis=-1)
     return jnp.take_along_axis(sums, batch.answers, axis=1)
 
 
 def make_scorer(
-    config: LlamaConfig, lora: LoraSpec | None, dtype: Any = jnp.float32
+    config: LlamaConfig,
+    lora: LoraSpec | None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, Batch], jax.Array]:
-    """The jitted program (params, batch) -> [B, C] sums; weights are arguments, not constants."""
-    program = functools.partial(one_pass_scores, config=config, lora=lora, dtype=dtype)
+    """The program (params, batch) -> [B, C] sums; weights are arguments, not constants.
+
+    On a mesh its devices share the users; the sums are whole on each of them.
+    """
     narrow = jnp.dtype(dtype) != jnp.float32 and jax.default_backend() == 'cpu'
-    return jax.jit(program, compiler_options=CAST_IN_LAYER if narrow else None)
+    program = jax.jit(
+        functools.partial(one_pass_scores, config=config, lora=lora, dtype=dtype),
+        compiler_options=CAST_IN_LAYER if narrow else None,
+        out_shardings=None if mesh is None else NamedSharding(mesh, PartitionSpec()),
+    )
+    if mesh is None:
+        return program
+
+    def scorer(params: Any, batch: Batch) -> jax.Array:
+        check_rows('ranking.batch_size', len(batch.tokens), mesh)
+        with using(mesh):
+            return program(params, shard_rows(batch, mesh))
+
+    return scorer
 
 
 def score_queries(

@@ -166,9 +166,9 @@ def test_the_compiled_step_holds_no_gradient_of_the_base(big):
     assert memory.output_size_in_bytes < 3.2 * 4 * sum(sizes(adapter)) + 1024
 
     def everything(adapter, base):
-        hidden = jnp.ones((2, BIG.width))
+        hidden = jnp.ones((1, 2, BIG.width))
         params = lora.join(adapter, base)
-        value = jnp.mean(log_likelihood(hidden, jnp.arange(2), params['head']['kernel']))
+        value = jnp.mean(log_likelihood(hidden, jnp.arange(2)[None], params['head']['kernel']))
         return value + sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(adapter))
 
     def careless(adapter, base):

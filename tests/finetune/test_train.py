@@ -38,6 +38,8 @@ def settings(**fields):
         'weight_decay': 0.1,
         'clip_norm': 1.0,
         'checkpoint_every': 4,
+        'profile_at': 0,
+        'profile_steps': 3,
     }
     return ConfigDict(defaults | fields)
 
@@ -92,10 +94,13 @@ def uninterrupted(base, tmp_path_factory):
     return workdir, run(base, workdir)
 
 
+SPEED = ('tokens_per_second', 'model_flops_utilisation')
+
+
 def curve(workdir):
     """Every line of metrics.jsonl without the speed, which differs from run to run."""
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != 'tokens_per_second'} for line in lines]
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in lines]
 
 
 def steps_stored(workdir):

@@ -29,6 +29,8 @@ SETTINGS = {
     'weight_decay': 0.1,
     'clip_norm': 1.0,
     'checkpoint_every': 5,
+    'profile_at': 0,
+    'profile_steps': 3,
 }
 
 

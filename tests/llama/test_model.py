@@ -198,9 +198,13 @@ def test_rms_norm_by_hand():
     np.testing.assert_array_equal(rms_norm(wide, jnp.ones(1000), 0.0), jnp.ones(1000))
 
 
-@pytest.mark.parametrize('N', [1, LOGIT_CHUNK, LOGIT_CHUNK + 1, 2 * LOGIT_CHUNK + 77])
-def test_log_likelihood_in_chunks_equals_the_whole(N):
+@pytest.mark.parametrize(
+    ('B', 'each'),
+    [(1, 1), (1, LOGIT_CHUNK), (2, LOGIT_CHUNK // 2 + 1), (3, LOGIT_CHUNK), (LOGIT_CHUNK + 1, 2)],
+)
+def test_log_likelihood_in_chunks_equals_the_whole(B, each):
     rng = np.random.default_rng(4)
+    N = B * each
     hidden, head = rng.standard_normal((N, 6)), rng.standard_normal((6, 11))
     targets = rng.integers(0, 11, N)
     logits = hidden @ head
@@ -210,7 +214,8 @@ def test_log_likelihood_in_chunks_equals_the_whole(N):
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def mean(hidden, head):
-        values = log_likelihood(hidden, jnp.asarray(targets), head)
+        rows = hidden.reshape(B, each, 6), jnp.asarray(targets).reshape(B, each)
+        values = log_likelihood(*rows, head).ravel()
         return jnp.mean(values), values
 
     (_, values), (by_hidden, by_head) = mean(*arrays)
@@ -222,7 +227,7 @@ def test_log_likelihood_in_chunks_equals_the_whole(N):
 
 def test_a_token_outside_the_vocabulary_is_no_number(params, logits):
     """An out-of-range gather clamps silently in JAX; here it must not pass for a score."""
-    assert np.isnan(log_likelihood(jnp.ones((1, 2)), jnp.array([3]), jnp.ones((2, 3)))).all()
+    assert np.isnan(log_likelihood(jnp.ones((1, 1, 2)), jnp.array([[3]]), jnp.ones((2, 3)))).all()
     assert np.isnan(logits(params, tokens=np.array([[1, 2, 3, 4, 5, 6, 97]]))[0, 6]).all()
 
 

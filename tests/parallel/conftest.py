@@ -22,20 +22,28 @@ class Ended(NamedTuple):
 def launch(tmp_path) -> Callable[..., list[subprocess.Popen]]:
     """Starts `count` processes of a command under one coordinator; kills what is left at the end.
 
-    With `devices`, each has so many simulated devices. `only` leaves some of them out.
+    With `devices`, each has so many simulated devices. `only` leaves some of them out; with `join`
+    they belong to the group that was started before.
     """
     started: list[subprocess.Popen] = []
+    ports: list[int] = []
 
     def start(
-        command: Sequence[str], count: int, *, devices: int = 1, only: Sequence[int] | None = None
+        command: Sequence[str],
+        count: int,
+        *,
+        devices: int = 1,
+        only: Sequence[int] | None = None,
+        join: bool = False,
     ) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(('localhost', 0))
-            port = free.getsockname()[1]
+        if not join:
+            with socket.socket() as free:
+                free.bind(('localhost', 0))
+                ports.append(free.getsockname()[1])
         shared = {
             'JAX_PLATFORMS': 'cpu',
             'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-            'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+            'JAX_COORDINATOR_ADDRESS': f'localhost:{ports[-1]}',
             'JAX_NUM_PROCESSES': str(count),
             'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path]),
         }

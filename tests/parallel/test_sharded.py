@@ -1,0 +1,150 @@
+"""Sharded equals unsharded: training steps and ranking on eight simulated devices and on one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from palr_jax.finetune.input import Tokens, lay_out, stack
+from palr_jax.finetune.optimizer import make_optimizer
+from palr_jax.finetune.train import Program, init_state, make_step
+from palr_jax.llama import lora, quantize
+from palr_jax.llama.lora import LoraSpec
+from palr_jax.parallel import rules
+from palr_jax.parallel.mesh import make_mesh, shard_rows, using
+from palr_jax.ranking.score import Query, Shape, make_batch, make_scorer
+from palr_jax.testing.llama import random_params, tiny_config
+
+# Odd on purpose: 4 key-value heads and 97 words do not divide over a tensor axis of 8 or of 2.
+MODEL = tiny_config(vocab_size=97, width=64, heads=8, kv_heads=4, head_dim=8, hidden=96)
+SPEC = LoraSpec(4, 8.0, ('q', 'v', 'o', 'down'))
+MESHES = {
+    'data': (8, 1, 1),
+    'fsdp': (1, 8, 1),
+    'tensor': (1, 1, 8),
+    'data-fsdp': (2, 4, 1),
+    'fsdp-tensor': (1, 4, 2),
+    'all': (2, 2, 2),
+}
+BASES = ('float32', 'bfloat16', 'int8', 'full')
+OPTIMISER = ConfigDict(
+    {
+        'learning_rate': 0.01,
+        'warmup': 0,
+        'decay_steps': 100,
+        'weight_decay': 0.1,
+        'clip_norm': 1.0,
+    }
+)
+
+
+def mesh_of(sizes):
+    return make_mesh(ConfigDict(dict(zip(('data', 'fsdp', 'tensor'), sizes)) | {'slices': 1}))
+
+
+def base_params(kind):
+    """The base in float32, of bfloat16 numbers, or in int8; computed in float32 throughout.
+
+    Activations in bfloat16 would round differently with every order of summation.
+    """
+    params = random_params(MODEL, seed=1)
+    if kind == 'int8':
+        layers = params['layers']
+        for group in ('attention', 'mlp'):
+            for name, leaf in layers[group].items():
+                leaf['kernel'] = quantize.quantize(layers[group][name]['kernel'], 'int8')
+    if kind == 'bfloat16':
+        params = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), params)
+    return params
+
+
+def batch_of_rows():
+    rng = np.random.default_rng(0)
+    draw = lambda n: Tokens(rng.integers(0, 97, n).astype(np.int32), n - 5)  # noqa: E731
+    return stack([lay_out([draw(9 + i % 4), draw(12)], 32, 12) for i in range(8)])
+
+
+def three_steps(kind, mesh, parts=1):
+    """(losses and norms, trained leaves) as NumPy."""
+    full = kind == 'full'
+    program = Program(MODEL, None if full else SPEC, jnp.float32, parts=parts)
+    optimizer = make_optimizer(OPTIMISER, full)
+    base = rules.shard(jax.tree.map(jnp.asarray, base_params(kind)), mesh, MODEL)
+    if full:
+        adapter, frozen = base, {}
+    else:
+        adapter, frozen = rules.shard(lora.init_adapter(MODEL, SPEC, 0), mesh, MODEL), base
+    state, places = init_state(optimizer, adapter, frozen, MODEL, mesh)
+    step = make_step(program, optimizer, places)
+    found = []
+    with using(mesh):
+        for _ in range(3):
+            adapter, state, metrics = step(
+                adapter, state, frozen, shard_rows(batch_of_rows(), mesh)
+            )
+            found.append([float(metrics['loss']), float(metrics['gradient_norm'])])
+    return np.array(found), adapter
+
+
+@functools.cache
+def on_one_device(kind):
+    return three_steps(kind, None)
+
+
+def assert_close(found, expected, rtol=1e-5):
+    """Of each leaf the norm of the difference, relative to the norm.
+
+    Not number by number: Adam's first steps have the size of the learning rate however small a
+    gradient is, so they carry the rounding of a gradient near zero to full size.
+    """
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        difference = np.linalg.norm(np.asarray(ours) - np.asarray(theirs))
+        assert difference <= rtol * np.linalg.norm(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [('data', 'float32'), ('tensor', 'float32')]
+    + [(n, k) for n in ('fsdp', 'data-fsdp', 'fsdp-tensor', 'all') for k in BASES],
+)
+def test_training_steps_equal_those_of_one_device(name, kind):
+    mesh = mesh_of(MESHES[name])
+    metrics, trained = three_steps(kind, mesh)
+    expected, of_one = on_one_device(kind)
+    np.testing.assert_allclose(metrics, expected, rtol=1e-5)
+    for leaf, to in zip(
+        jax.tree.leaves(trained), jax.tree.leaves(rules.tree_shardings(trained, mesh, MODEL))
+    ):
+        assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
+    assert_close(trained, of_one)
+
+
+@functools.cache
+def queries():
+    rng = np.random.default_rng(3)
+    draw = lambda n: rng.integers(0, 97, n).astype(np.int32)  # noqa: E731
+    return [Query(draw(20 + i), tuple(draw(1 + (i + c) % 7) for c in range(6))) for i in range(8)]
+
+
+def scores(kind, mesh, adapter):
+    params = lora.join(adapter, jax.tree.map(jnp.asarray, base_params(kind)))
+    batch = make_batch(queries(), Shape(8, 32, 2, 16, 6))
+    return np.asarray(
+        make_scorer(MODEL, SPEC, jnp.float32, mesh)(rules.shard(params, mesh, MODEL), batch)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'kind'),
+    [('data', 'float32'), ('tensor', 'float32')]
+    + [(n, k) for n in ('fsdp', 'data-fsdp', 'fsdp-tensor', 'all') for k in BASES[:3]],
+)
+def test_ranking_equals_that_of_one_device(name, kind):
+    adapter = jax.tree.map(np.asarray, on_one_device('float32')[1])
+    expected = scores(kind, None, adapter)
+    np.testing.assert_allclose(scores(kind, mesh_of(MESHES[name]), adapter), expected, rtol=1e-5)
