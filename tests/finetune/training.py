@@ -1,4 +1,4 @@
-"""Trains a tiny model in a process of its own: `training.py WORKDIR` (see test_kill.py).
+"""Trains a tiny model in a process of its own: `training.py WORKDIR [STEPS]` (see test_kill.py).
 
 Each step takes at least a twentieth of a second, so that there is a middle to be killed in.
 """
@@ -19,6 +19,7 @@ from palr_jax.metric_writer import MetricWriter
 from palr_jax.testing.llama import random_params, tiny_config
 
 MODEL = tiny_config(vocab_size=41)
+LENGTHS = (20, 18, 17, 19, 21, 18)  # a row each: an epoch is three steps
 SETTINGS = {
     'steps': 30,
     'batch_size': 2,
@@ -34,9 +35,9 @@ SETTINGS = {
 }
 
 
-def main(workdir):
+def main(workdir, steps=SETTINGS['steps']):
     rng = np.random.default_rng(0)
-    examples = [Tokens(rng.integers(0, 41, n).astype(np.int32), n - 4) for n in (9, 15, 12, 8, 11)]
+    examples = [Tokens(rng.integers(0, 41, n).astype(np.int32), n - 4) for n in LENGTHS]
     base = jax.tree.map(jnp.asarray, random_params(MODEL, seed=1))
     program = Program(MODEL, LoraSpec(4, 8.0, ('q', 'v')), jnp.float32)
     write = MetricWriter.write
@@ -46,7 +47,8 @@ def main(workdir):
         time.sleep(0.05)
 
     MetricWriter.write = slowly
-    adapter = train(base, program, examples, ConfigDict(SETTINGS), seed=0, workdir=workdir)
+    settings = ConfigDict(SETTINGS | {'steps': int(steps)})
+    adapter = train(base, program, examples, settings, seed=0, workdir=workdir)
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(adapter):
         digest.update(np.asarray(leaf).tobytes())
@@ -54,4 +56,4 @@ def main(workdir):
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main(*sys.argv[1:])
