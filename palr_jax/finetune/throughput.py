@@ -43,12 +43,12 @@ def model_flops(config: LlamaConfig, lora: LoraSpec | None, rows: Rows) -> float
     return 2.0 * (base + attention) + 3.0 * adapter
 
 
-def utilisation(program, rows: Rows, seconds: float, mesh: Mesh | None) -> float | None:
-    """Share of the devices' peak that the model's own FLOPs are; None where no peak is known."""
+def utilisation(program, rows: Rows, seconds: float, mesh: Mesh | None) -> float:
+    """Share of the devices' peak that the model's own FLOPs are; NaN where no peak is known."""
     devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
     peak = peak_flops(devices[0].device_kind)
     if peak is None:
-        return None
+        return math.nan
     return model_flops(program.model, program.lora, rows) / seconds / (peak * len(devices))
 
 
