@@ -32,6 +32,7 @@ from palr_jax.config import validate
 from palr_jax.errors import InputError
 from palr_jax.finetune.input import Rows
 from palr_jax.finetune.optimizer import make_optimizer
+from palr_jax.finetune.throughput import bytes_a_device
 from palr_jax.finetune.train import Program, make_step
 from palr_jax.llama import lora, quantize
 from palr_jax.llama.config import ARCHITECTURES, LlamaConfig
@@ -244,15 +245,17 @@ def compile_one(name: str, function: Any, arguments: Any, mesh: Mesh, hardware: 
     """Compiles one program; {'fits': …} with its memory a chip in GiB, its work, its advice."""
     began, began_cpu = time.monotonic(), time.process_time()
     memory = {'hbm_gib': hardware.memory / GIB}
+    arrays = jax.tree.leaves(arguments)
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = function.trace(*arguments)
         compiled = traced.lower(lowering_platforms=('tpu',)).compile()
     except jax.errors.JaxRuntimeError as error:
-        used = re.search(r'Used ([\d.]+)([MG]) of [\d.]+[MG] hbm', str(error))
-        if used is None:
+        # The compiler gives up when its temporaries alone are more than a chip has.
+        wanted = re.search(r'([\d.]+)G\)? (?:exceeds available HBM|of [\d.]+G hbm)', str(error))
+        if 'RESOURCE_EXHAUSTED' not in str(error) or wanted is None:
             raise
-        needed = float(used[1]) / (1024 if used[2] == 'M' else 1)
+        needed = round(float(wanted[1]) + sum(map(bytes_a_device, arrays)) / GIB, 3)
         return memory | {'fits': False, 'needed_gib': needed, 'advice': ADVICE[name]}
     seconds = {
         'compile_seconds': round(time.monotonic() - began, 1),

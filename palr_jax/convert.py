@@ -7,7 +7,6 @@ One tensor is in memory at a time. The folder appears whole or not at all.
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ import numpy as np
 from absl import flags, logging
 from flax import traverse_util
 
-from palr_jax import cli, data, storage
+from palr_jax import cli, data
 from palr_jax.errors import InputError
-from palr_jax.llama import hf, lora, peft
-from palr_jax.llama.config import to_hf
+from palr_jax.llama import export, hf, lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
-from palr_jax.llama.weights import DTYPES, leaf_shapes, tensor_names
+from palr_jax.llama.weights import DTYPES, tensor_names
 from palr_jax.progress import Progress
 
 MODEL = flags.DEFINE_string('model', None, 'What config.model.path allows: a folder, a .gguf, …')
@@ -29,11 +27,6 @@ ADAPTER = flags.DEFINE_string('adapter', None, 'A folder in PEFT format; none co
 OUT = flags.DEFINE_string('out', None, 'The folder to write; it must not exist.')
 DTYPE = flags.DEFINE_enum('dtype', 'float32', list(DTYPES), 'Of the weights that are written.')
 
-# Of a Hugging Face folder, what goes with the weights unchanged.
-COMPANIONS = (
-    *('tokenizer.json', 'tokenizer.model', 'tokenizer_config.json', 'special_tokens_map.json'),
-    *('added_tokens.json', 'chat_template.jinja', 'generation_config.json'),
-)
 MERGED = 'palr_jax_merged'  # in config.json: SHA-256 of the adapters that the weights contain
 
 
@@ -65,27 +58,21 @@ def convert(
         raise InputError(f'--out={out} exists; allowed: the name of a folder that is yet to be.')
     path = Path(data.resolve(model))
     checkpoint = open_checkpoint(path)
-    settings = _settings(path, checkpoint) | {'torch_dtype': dtype}
+    more = {}
     leaves, spec = None, None
     if adapter is not None:
         leaves, spec = peft.load_adapter(adapter, checkpoint.config)
         digest = hashlib.sha256((Path(adapter) / peft.WEIGHTS).read_bytes()).hexdigest()
-        if digest in settings.get(MERGED, []):
+        before = export.settings_of(path, checkpoint).get(MERGED, [])
+        if digest in before:
             raise InputError(f'{path}: has --adapter={adapter} merged into it already.')
-        settings[MERGED] = [*settings.get(MERGED, []), digest]
+        more = {MERGED: [*before, digest]}
 
-    temporary = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     try:
-        temporary.mkdir(parents=True)
-        storage.write_json(temporary / 'config.json', settings)
         tensors = merged(checkpoint, leaves, spec)
-        hf.write_weights(temporary, _shapes(checkpoint), tensors, dtype, shard_bytes)
-        _write_tokenizer(path, checkpoint, temporary)
-        temporary.rename(out)
+        export.write_folder(out, path, checkpoint, tensors, dtype, more, shard_bytes)
     except OSError as error:
         raise InputError(f'--out={out}: cannot be written ({error.strerror or error}).') from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     logging.info('Wrote %s.', out)
 
 
@@ -101,7 +88,7 @@ def merged(
     """
     stored = {row.path: row for row in checkpoint.table}
     factors = traverse_util.flatten_dict(adapter or {}, sep='/')
-    total = len(_shapes(checkpoint))
+    total = len(export.tensor_shapes(checkpoint))
     with Progress('convert', total, 'tensors') as progress:
         for name, row, layer in tensor_names(hf.TABLE, checkpoint.config):
             source = stored[row.path]
@@ -119,38 +106,6 @@ def merged(
                 )
             yield name, tensor.T if row.transposed else tensor
             progress.update()
-
-
-def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    leaves = leaf_shapes(checkpoint.config)
-    shapes = {}
-    for name, row, _ in tensor_names(hf.TABLE, checkpoint.config):
-        shape = leaves[tuple(row.path.split('/'))]
-        shape = shape[1:] if '{}' in row.name else shape
-        shapes[name] = shape[::-1] if row.transposed else shape
-    return shapes
-
-
-def _settings(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The config.json: a folder's own, so that nothing of it is lost, or one made from a GGUF."""
-    if path.is_dir():
-        # Under one name: transformers 5 calls it `dtype` and reads both.
-        return {k: v for k, v in storage.read_json(path / 'config.json').items() if k != 'dtype'}
-    tokenizer = checkpoint.tokenizer
-    return to_hf(checkpoint.config) | {
-        'bos_token_id': tokenizer.bos_id,
-        'eos_token_id': tokenizer.eos_id,
-        'pad_token_id': tokenizer.pad_id,
-    }
-
-
-def _write_tokenizer(path: Path, checkpoint: Checkpoint, folder: Path) -> None:
-    if not path.is_dir():
-        checkpoint.tokenizer.save(folder)
-        return
-    for name in COMPANIONS:
-        if (path / name).exists():
-            shutil.copyfile(path / name, folder / name)
 
 
 def main(_: list[str]) -> None:

@@ -12,8 +12,10 @@ import functools
 import hashlib
 import json
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,7 +32,7 @@ from palr_jax.errors import InputError
 from palr_jax.evaluation import AnswerLoss, Comparison, Run, TargetRanks, rank_targets
 from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.train import Program, answer_losses, train
-from palr_jax.llama import lora, peft
+from palr_jax.llama import export, hf, lora, peft
 from palr_jax.llama.load import Checkpoint, open_checkpoint
 from palr_jax.llama.weights import Shardings
 from palr_jax.parallel import distributed, rules
@@ -132,9 +134,12 @@ class Project:
     @functools.cached_property
     def base(self) -> dict[str, Any]:
         """The base model's parameters."""
+        return self.load_base(self.config.model.dtype)
+
+    def load_base(self, dtype: str) -> dict[str, Any]:
+        """The base model's parameters, read anew."""
         model = self.config.model
         logging.info('loading the weights of %s', model.path)
-        dtype = 'float32' if self.config.finetune.full else model.dtype
         return self.checkpoint.params(dtype, model.quantize, self.shardings)
 
     @functools.cached_property
@@ -253,8 +258,14 @@ class Project:
         storage.write_arrays(path, identity=np.array(identity), vectors=vectors)
         return vectors
 
-    def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec]:
-        """The base model with the run's adapter beside its kernels, and the adapter's shape."""
+    def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec | None]:
+        """The tuned model: the base with the run's adapter beside its kernels, and its shape.
+
+        Where all weights were tuned there is no adapter, and no shape.
+        """
+        if self.config.finetune.full:
+            tuned = open_checkpoint(self.model_folder)
+            return tuned.params(self.config.model.dtype, 'none', self.shardings), None
         adapter, spec = peft.load_adapter(self.adapter_folder, self.checkpoint.config)
         adapter = jax.tree.map(jnp.asarray, adapter)
         return lora.join(rules.shard(adapter, self.mesh, self.checkpoint.config), self.base), spec
@@ -262,6 +273,11 @@ class Project:
     @property
     def adapter_folder(self) -> epath.Path:
         return self.workdir / 'finetune' / 'adapter'
+
+    @property
+    def model_folder(self) -> epath.Path:
+        """What full fine-tuning writes in place of an adapter."""
+        return self.workdir / 'finetune' / 'model'
 
     def scores_path(self, system: str, part: str) -> epath.Path:
         return self.workdir / 'ranking' / f'{system}_{part}.npz'
@@ -371,44 +387,63 @@ def full_run(project: Project, system: str) -> Run:
 
 
 def finetune(project: Project) -> None:
-    """`data/` and the base model -> `finetune/`: an adapter in PEFT format, the loss it reaches."""
-    config, split = project.config, project.dataset.split
+    """`data/` and the base model -> `finetune/`: an adapter in PEFT format, the loss it reaches.
+
+    Or a whole model in the format of Hugging Face, where `finetune.full` trains all weights.
+    """
+    config, split, mesh = project.config, project.dataset.split, project.mesh
     ours, others = split_users(split, config.tasks.users, config.seed)
     tokens, _ = encode_examples(project, ours)
     logging.info('finetune: %d examples of %d users', len(tokens), len(ours))
+    # Whether what was learned carries over to users who gave no example; one example each.
+    held_out = np.random.default_rng([config.seed, 4]).permutation(others)
+    held_tokens, users = encode_examples(project, np.sort(held_out[: config.finetune.held_out]))
+    users, first = np.unique(users, return_index=True)
+    held_tokens = [held_tokens[i] for i in first]
+
     model, spec = project.checkpoint.config, lora_spec(config)
     program = Program(
         model,
-        spec,
+        None if config.finetune.full else spec,
         jnp.dtype(config.model.dtype),
         config.model.remat,
         config.finetune.accumulate,
     )
-    adapter = train(
-        project.base,
-        program,
-        tokens,
-        config.finetune,
-        seed=config.seed,
-        workdir=project.workdir,
-        mesh=project.mesh,
-    )
-    peft.save_adapter(project.adapter_folder, distributed.whole(adapter), spec, config.model.path)
 
-    # Whether what was learned carries over to users who gave no example; one example each.
-    held_out = np.random.default_rng([config.seed, 4]).permutation(others)
-    tokens, users = encode_examples(project, np.sort(held_out[: config.finetune.held_out]))
-    users, first = np.unique(users, return_index=True)
-    tokens = [tokens[i] for i in first]
-    fresh = lora.init_adapter(model, spec, config.seed)  # changes nothing: B is zero
-    fresh = rules.shard(fresh, project.mesh, model)
-    before, after = (
-        answer_losses(lora.join(leaves, project.base), program, tokens, config.finetune.length)
-        for leaves in (fresh, adapter)
-    )
+    def losses(params: Any) -> np.ndarray:
+        return answer_losses(params, program, held_tokens, config.finetune.length, mesh)
+
+    settings = {'seed': config.seed, 'workdir': project.workdir, 'mesh': mesh}
+    if config.finetune.full:
+        base = project.load_base('float32')
+        before = losses(base)  # now: training takes the memory of the base
+        trained = train(base, program, tokens, config.finetune, **settings)
+        after = losses(trained)
+        save_model(project, trained)
+    else:
+        adapter = train(project.base, program, tokens, config.finetune, **settings)
+        whole = distributed.whole(adapter)
+        peft.save_adapter(project.adapter_folder, whole, spec, config.model.path)
+        fresh = lora.init_adapter(model, spec, config.seed)  # changes nothing: B is zero
+        before, after = (
+            losses(lora.join(leaves, project.base))
+            for leaves in (rules.shard(fresh, mesh, model), adapter)
+        )
     storage.write_arrays(
         project.workdir / 'finetune' / 'answer_loss.npz', users=users, before=before, after=after
     )
+
+
+def save_model(project: Project, params: Any) -> None:
+    """Writes all weights to `finetune/model`, in the type of `model.dtype`."""
+    params = distributed.whole(params)
+    if not distributed.is_writer():
+        return
+    out = Path(project.model_folder)
+    shutil.rmtree(out, ignore_errors=True)  # of a shorter run that goes on
+    path = Path(data.resolve(project.config.model.path))
+    tensors = hf.to_hf(params, project.checkpoint.config)
+    export.write_folder(out, path, project.checkpoint, tensors, project.config.model.dtype)
 
 
 def encode_examples(project: Project, users: np.ndarray) -> tuple[list[Tokens], np.ndarray]:
@@ -453,9 +488,10 @@ def rank_users(project: Project) -> None:
     by the one that is fused: the tuned model, or the base where nothing was tuned.
     """
     tuned = []
-    if project.adapter_folder.exists():
-        weights = project.adapter_folder / 'adapter_model.safetensors'
-        identity = hashlib.sha256(weights.read_bytes()).hexdigest()
+    full = project.config.finetune.full
+    folder = project.model_folder if full else project.adapter_folder
+    if folder.exists():
+        identity = export.hash_weights(folder)
         tuned = [('llm', *project.adapted(), identity)]  # before the base is read: it may not fit
     systems = [('llm_zero_shot', project.base, None, ''), *tuned]
     queries = {part: make_queries(project, part) for part in ('valid', 'test')}

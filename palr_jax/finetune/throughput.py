@@ -43,12 +43,12 @@ def model_flops(config: LlamaConfig, lora: LoraSpec | None, rows: Rows) -> float
     return 2.0 * (base + attention) + 3.0 * adapter
 
 
-def utilisation(program, rows: Rows, seconds: float, mesh: Mesh | None) -> float | None:
-    """Share of the devices' peak that the model's own FLOPs are; None where no peak is known."""
+def utilisation(program, rows: Rows, seconds: float, mesh: Mesh | None) -> float:
+    """Share of the devices' peak that the model's own FLOPs are; NaN where no peak is known."""
     devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
     peak = peak_flops(devices[0].device_kind)
     if peak is None:
-        return None
+        return math.nan
     return model_flops(program.model, program.lora, rows) / seconds / (peak * len(devices))
 
 
@@ -89,7 +89,7 @@ def log_overview(trees: dict[str, Any]) -> None:
     for name, tree in trees.items():
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         for path, leaf in leaves:
-            spec = getattr(leaf.sharding, 'spec', 'one device')
+            spec = getattr(getattr(leaf, 'sharding', None), 'spec', 'one device')
             logging.info(
                 '%s %-36s %-22s %-9s %9.2f MiB, %9.2f a device, %s',
                 name,
@@ -109,6 +109,8 @@ def log_overview(trees: dict[str, Any]) -> None:
         )
 
 
-def bytes_a_device(leaf: jax.Array) -> int:
+def bytes_a_device(leaf: jax.Array | np.ndarray) -> int:
     """Bytes of a leaf on each device that holds a part of it."""
+    if not hasattr(leaf, 'sharding'):  # still NumPy's
+        return leaf.nbytes
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -17,7 +17,7 @@ import optax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from palr_jax.errors import InputError
 from palr_jax.finetune import input as finetune_input
@@ -31,7 +31,14 @@ from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import Llama, log_likelihood, output_head
 from palr_jax.metric_writer import MetricWriter
 from palr_jax.parallel import rules
-from palr_jax.parallel.mesh import ROW_AXES, check_rows, constrain, shard_rows, using
+from palr_jax.parallel.mesh import (
+    ROW_AXES,
+    check_rows,
+    constrain,
+    row_shards,
+    shard_rows,
+    using,
+)
 from palr_jax.progress import Progress
 
 Params = Any
@@ -295,23 +302,35 @@ def restore(
 
 
 def answer_losses(
-    params: Params, program: Program, examples: Sequence[Tokens], row_length: int
+    params: Params,
+    program: Program,
+    examples: Sequence[Tokens],
+    row_length: int,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """[examples] mean negative log-likelihood of each example's answer tokens, in nats.
 
     Every example has a row of its own, and rows are cut to the longest example, so that no value
-    depends on what else is measured.
+    depends on what else is measured. On a mesh each device that holds rows has one at a time.
     """
     if not examples:
         return np.zeros(0, np.float32)
     length = min(row_length, max(len(e.tokens) for e in examples))
     answers = max(len(e.tokens) - e.answer for e in examples)
-    score = jax.jit(functools.partial(answer_log_likelihood, program=program))
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    score = functools.partial(answer_log_likelihood, program=program)
+    score = jax.jit(score, out_shardings=whole)
+    size = 1 if mesh is None else row_shards(mesh)
     losses = np.empty(len(examples), np.float32)
-    with Progress('held-out loss', len(examples), 'examples') as progress:
-        for i, example in enumerate(examples):
-            rows = finetune_input.stack([finetune_input.lay_out([example], length, answers)])
-            values = np.asarray(score(params, rows))
-            losses[i] = -np.sum(values * rows.weights) / np.sum(rows.weights)
-            progress.update()
+    with using(mesh), Progress('held-out loss', len(examples), 'examples') as progress:
+        for start in range(0, len(examples), size):
+            members = examples[start : start + size]
+            padded = [*members, *members[:1] * (size - len(members))]
+            rows = finetune_input.stack(
+                [finetune_input.lay_out([example], length, answers) for example in padded]
+            )
+            values = np.asarray(score(params, shard_rows(rows, mesh))) * rows.weights
+            mean = -np.sum(values, axis=1) / np.sum(rows.weights, axis=1)
+            losses[start : start + size] = mean[: len(members)]
+            progress.update(len(members))
     return losses

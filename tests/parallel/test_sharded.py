@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from palr_jax.finetune.input import Tokens, lay_out, stack
 from palr_jax.finetune.optimizer import make_optimizer
-from palr_jax.finetune.train import Program, init_state, make_step
+from palr_jax.finetune.train import Program, answer_losses, init_state, make_step, train
 from palr_jax.llama import lora, quantize
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.parallel import rules
@@ -148,3 +148,55 @@ def test_ranking_equals_that_of_one_device(name, kind):
     adapter = jax.tree.map(np.asarray, on_one_device('float32')[1])
     expected = scores(kind, None, adapter)
     np.testing.assert_allclose(scores(kind, mesh_of(MESHES[name]), adapter), expected, rtol=1e-5)
+
+
+TUNING = OPTIMISER.copy_and_resolve_references()
+TUNING.update(
+    {
+        'steps': 4,
+        'batch_size': 8,
+        'length': 32,
+        'checkpoint_every': 2,
+        'profile_at': 0,
+        'profile_steps': 1,
+    }
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['float32', 'full'])
+def test_a_run_goes_on_with_other_devices(tmp_path, kind):
+    """O01: two steps on 8 devices, then two on one, or on 4 x 2: as four steps on one device."""
+    rng = np.random.default_rng(0)
+    examples = [Tokens(rng.integers(0, 97, n).astype(np.int32), n - 4) for n in range(9, 20)]
+    full = kind == 'full'
+    program = Program(MODEL, None if full else SPEC, jnp.float32, parts=1)
+
+    def run(steps, folder, mesh):
+        base = rules.shard(jax.tree.map(jnp.asarray, base_params('float32')), mesh, MODEL)
+        config = ConfigDict(TUNING.to_dict() | {'steps': steps})
+        return train(base, program, examples, config, seed=0, workdir=folder, mesh=mesh)
+
+    expected = run(4, tmp_path / 'one', None)
+    for name, first, then in (('to-one', (1, 8, 1), None), ('to-mesh', (2, 2, 2), (1, 4, 2))):
+        run(2, tmp_path / name, mesh_of(first))
+        mesh = then and mesh_of(then)
+        found = run(4, tmp_path / name, mesh)
+        assert_close(found, expected)
+        if mesh is not None:
+            places = jax.tree.leaves(rules.tree_shardings(found, mesh, MODEL))
+            for leaf, to in zip(jax.tree.leaves(found), places):
+                assert leaf.sharding.is_equivalent_to(to, leaf.ndim)
+
+
+@pytest.mark.slow
+def test_held_out_losses_equal_those_of_one_device():
+    """Eleven examples on eight devices: the last call is filled up."""
+    rng = np.random.default_rng(0)
+    examples = [Tokens(rng.integers(0, 97, n).astype(np.int32), n - 4) for n in range(9, 20)]
+    params = jax.tree.map(jnp.asarray, base_params('float32'))
+    program = Program(MODEL, None, jnp.float32)
+    expected = answer_losses(params, program, examples, 32)
+    mesh = mesh_of((2, 4, 1))
+    found = answer_losses(rules.shard(params, mesh, MODEL), program, examples, 32, mesh)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
