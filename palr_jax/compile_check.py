@@ -48,7 +48,8 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, with 
 TOPOLOGY = flags.DEFINE_string(
     'topology', '', f"Instead of the config's hardware: v5e:4x4, or one of {', '.join(HARDWARE)}."
 )
-OUT = flags.DEFINE_string('out', None, 'JSON file for the result.')
+# convert.py has an --out, too; a test imports both.
+OUT = flags.DEFINE_string('out', None, 'JSON file for the result.', allow_override=True)
 PROGRAMS = flags.DEFINE_list('programs', ['train', 'rank'], 'Which to compile: train, rank.')
 ANSWER = flags.DEFINE_integer('answer_tokens', 24, 'Of a title that is ranked.', lower_bound=1)
 

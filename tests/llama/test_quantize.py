@@ -108,6 +108,8 @@ def settings(**fields):
             'weight_decay': 0.1,
             'clip_norm': 1.0,
             'checkpoint_every': 4,
+            'profile_at': 0,
+            'profile_steps': 1,
         }
         | fields
     )
