@@ -14,8 +14,9 @@ LOCAL = Path(__file__).parents[2] / 'launch' / 'local.py'
 _MAIN = """
 import os, sys, time
 index = os.environ.get('JAX_PROCESS_ID')
-print(index, os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_COORDINATOR_ADDRESS'))
-print(sys.argv[1:], flush=True)
+told = index, os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_COORDINATOR_ADDRESS')
+# In one piece: two processes may write to one pipe.
+os.write(1, (' '.join(map(str, told)) + f'\\n{sys.argv[1:]}\\n').encode())
 if '--fail' in sys.argv and index in ('1', None):
     sys.exit(2)
 if '--fail' in sys.argv:
