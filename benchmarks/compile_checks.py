@@ -26,8 +26,9 @@ EVERYWHERE = (
     ('LoRA, int8', 'train', (INT8,)),
     ('ranking', 'rank', ()),
 )
-# 256 rows in 2 parts are 128 at a time: two chips share a row's heads.
-HALVED = (PARTS, '--config.mesh.data=8', '--config.mesh.tensor=2')
+# A row a chip in 2 parts is half a row a chip at a time: two chips share a row's heads.
+HALVED_256 = (PARTS, '--config.mesh.data=8', '--config.mesh.tensor=2')
+HALVED_64 = (PARTS, '--config.mesh.data=2', '--config.mesh.tensor=2')
 FULL = ('--config.finetune.full=True',)
 VARIANTS = {
     'v5e-8': (
@@ -43,10 +44,15 @@ VARIANTS = {
         ('LoRA, 2 slices', 'train', ('--config.mesh.slices=2', '--config.mesh.data=2')),
     ),
     'v4-32': EVERYWHERE,
-    'v5p-128': (*EVERYWHERE, ('all weights', 'train', FULL)),
+    'v5p-128': (
+        EVERYWHERE[0],
+        ('LoRA, 2 parts', 'train', HALVED_64),
+        *EVERYWHERE[2:],
+        ('all weights', 'train', FULL),
+    ),
     'v5e-256': (
         EVERYWHERE[0],
-        ('LoRA, 2 parts', 'train', HALVED),
+        ('LoRA, 2 parts', 'train', HALVED_256),
         *EVERYWHERE[2:],
         ('all weights', 'train', FULL),
     ),

@@ -183,7 +183,9 @@ def write_inputs(folder: Path, data: str, users: int, length: int) -> dict[str, 
     """The model as a Hugging Face folder and the encoded examples; says what they are."""
     from palr_jax import data as palr_data
     from palr_jax.config import default_config
-    from palr_jax.pipeline import Project, encode_examples, prepare_data
+    from palr_jax.llm_input import encode_examples
+    from palr_jax.pipeline import prepare_data
+    from palr_jax.project import Project
     from palr_jax.testing.llama import write_hf_folder
 
     config = default_config()

@@ -16,7 +16,8 @@ from ml_collections import config_flags
 from palr_jax import cli, storage
 from palr_jax.config import validate
 from palr_jax.finetune.input import example_prompt
-from palr_jax.pipeline import Project, order_seed, sample_users, training_examples
+from palr_jax.llm_input import training_examples
+from palr_jax.project import Project, order_seed, sample_users
 from palr_jax.prompts import count_profile, split_users
 from palr_jax.prompts.llm_profile import ask
 from palr_jax.prompts.show import open_project

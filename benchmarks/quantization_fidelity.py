@@ -33,7 +33,8 @@ from palr_jax.config import validate
 from palr_jax.evaluation import rank_targets
 from palr_jax.evaluation.metrics import ndcg
 from palr_jax.evaluation.statistics import paired_bootstrap_interval
-from palr_jax.pipeline import Project, make_queries
+from palr_jax.llm_input import make_queries
+from palr_jax.project import Project
 from palr_jax.ranking.score import make_scorer
 from palr_jax.ranking.users import Scores, score_users
 from palr_jax.stages import config_part

@@ -41,7 +41,7 @@ from palr_jax.llama.weights import leaf_shapes, put
 from palr_jax.parallel import hlo, rules
 from palr_jax.parallel.devices import GIB, HARDWARE, Hardware
 from palr_jax.parallel.mesh import ROW_AXES, check_rows, make_mesh
-from palr_jax.pipeline import lora_spec
+from palr_jax.project import lora_spec
 from palr_jax.ranking.score import Batch, one_pass_scores, pack
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The config file, with its :DEVICE.')

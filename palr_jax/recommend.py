@@ -18,7 +18,7 @@ from palr_jax import cli, retrieval, storage
 from palr_jax.config import restore
 from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
-from palr_jax.pipeline import Project
+from palr_jax.project import Project
 from palr_jax.ranking.fuse import fuse
 from palr_jax.ranking.score import score_queries
 from palr_jax.ranking.users import Scores, make_query

@@ -10,10 +10,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from palr_jax import pipeline, retrieval
+from palr_jax import llm_input, pipeline, retrieval
 from palr_jax.config import default_config
 from palr_jax.data import Dataset, load, make_split
-from palr_jax.pipeline import Project
+from palr_jax.project import Project
 from palr_jax.prompts.tasks import split_users
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
@@ -68,20 +68,20 @@ def made(config, source, split, folder, parts):
     project.dataset = Dataset(source.catalogue, split, source.interactions.user_ids, {})
     pipeline.retrieve_candidates(project)
     ours, _ = split_users(split, config.tasks.users, config.seed)
-    examples = pipeline.training_examples(project, ours)
-    tokens, users = pipeline.encode_examples(project, ours)
+    examples = llm_input.training_examples(project, ours)
+    tokens, users = llm_input.encode_examples(project, ours)
     found = {
         'item vectors': retrieval.load_mix(folder / 'retrieval').item_vectors.tolist(),
         'popularity': retrieval.fit_popularity(split, source.catalogue.items).counts.tolist(),
         'examples': examples,
-        'profiles of examples': pipeline.example_profiles(project, examples),
+        'profiles of examples': llm_input.example_profiles(project, examples),
         'fine-tuning': [(user, t.answer, t.tokens.tolist()) for user, t in zip(users, tokens)],
     }
     for part in parts:
         for system in ('popularity', 'retriever'):
             candidates = retrieval.read_candidates(folder / 'retrieval', system, part)
             found[f'{system}, {part}'] = candidates.users.tolist(), candidates.items.tolist()
-        users, items, queries = pipeline.make_queries(project, part)
+        users, items, queries = llm_input.make_queries(project, part)
         prompts = [query.prompt.tolist() for query in queries]
         found[f'ranking, {part}'] = users.tolist(), items.tolist(), prompts
     return found

@@ -16,6 +16,7 @@ from palr_jax import pipeline, storage
 from palr_jax.config import default_config, restore
 from palr_jax.data import read
 from palr_jax.errors import InputError
+from palr_jax.project import Project
 from palr_jax.recommend import find_items, recommend
 from palr_jax.stages import flatten
 from palr_jax.testing import write_ml100k
@@ -223,7 +224,7 @@ def test_profiles_by_the_llm_are_made_once_and_serve_every_stage(inputs, tmp_pat
     catalogue = read(tmp_path / 'data').catalogue
     assert set(kept.values()) <= {k for keywords in catalogue.keywords for k in keywords}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Project, '_base_scores', None)  # calling it would fail
+        patch.setattr(Project, '_base_scores', None)  # calling it would fail
         (tmp_path / 'ranking' / 'stage.json').unlink()
         assert pipeline.run(config, tmp_path)['runs'] == report['runs']
     assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3

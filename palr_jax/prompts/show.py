@@ -10,14 +10,8 @@ from ml_collections import ConfigDict
 from palr_jax import data, storage
 from palr_jax.errors import InputError
 from palr_jax.finetune.input import example_prompt
-from palr_jax.pipeline import (
-    Project,
-    example_profiles,
-    load_data,
-    order_seed,
-    read_candidates,
-    training_examples,
-)
+from palr_jax.llm_input import example_profiles, training_examples
+from palr_jax.project import Project, load_data, order_seed, read_candidates
 from palr_jax.prompts.encode import Prompt
 from palr_jax.prompts.tasks import split_users
 from palr_jax.ranking.users import ranking_prompt

@@ -29,7 +29,7 @@ from palr_jax.llama.weights import (
     put,
     tensor_names,
 )
-from palr_jax.pipeline import Project
+from palr_jax.project import Project
 from palr_jax.ranking.score import Query, Shape, make_batch, make_scorer, score_queries
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
 

@@ -11,7 +11,8 @@ from palr_jax.config import default_config
 from palr_jax.data import Catalogue, Dataset, Split
 from palr_jax.errors import InputError
 from palr_jax.llama.model import apply_logits
-from palr_jax.pipeline import Project, example_profiles, make_queries
+from palr_jax.llm_input import example_profiles, make_queries
+from palr_jax.project import Project
 from palr_jax.prompts import Encoder, Example, llm_profile, load_template
 from palr_jax.prompts.llm_profile import llm_profiles
 from palr_jax.ranking.score import make_scorer, score_queries

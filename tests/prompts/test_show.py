@@ -7,9 +7,10 @@ import sys
 import numpy as np
 import pytest
 
-from palr_jax import pipeline
+from palr_jax import llm_input, pipeline
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
+from palr_jax.project import Project
 from palr_jax.prompts.show import find_user, open_project, render, show_example, show_query
 from palr_jax.ranking.users import Scores
 from palr_jax.retrieval import Candidates, save_candidates
@@ -60,11 +61,11 @@ def rows_of(text):
 def with_retrieval(config, workdir, candidates):
     """A run whose retriever found `candidates` for everybody."""
     ledger = Ledger(config, workdir, overwrite=False)
-    pipeline.prepare_data(pipeline.Project(config, workdir))
+    pipeline.prepare_data(Project(config, workdir))
     for stage in ('data', 'retrieval'):
         inputs = ledger.inputs(stage)
         if stage == 'retrieval':
-            users = pipeline.Project(config, workdir).dataset.split.users('test')
+            users = Project(config, workdir).dataset.split.users('test')
             for part in ('valid', 'test'):
                 items = np.tile(np.array([*candidates, -1], np.int32), (len(users), 1))
                 found = Candidates(users, items, np.zeros(items.shape, np.float32))
@@ -106,12 +107,12 @@ def test_what_was_cut_is_said(inputs):
 def test_a_fine_tuning_example_is_the_one_that_is_learned(inputs, task):
     project = open_project(config_of(inputs), None)
     split = project.dataset.split
-    examples = pipeline.training_examples(project, range(len(split.train_end)))
+    examples = llm_input.training_examples(project, range(len(split.train_end)))
     example = next(e for e in examples if e.task == task)
     shown = show_example(project, example.user, task, 1)
     assert shown.targets == example.targets
     assert shown.answer.tolist() == project.encoder.answer(example.targets).tolist()
-    tokens, _ = pipeline.encode_examples(project, [example.user])
+    tokens, _ = llm_input.encode_examples(project, [example.user])
     assert any(
         np.array_equal(t.tokens, np.concatenate([shown.prompt.tokens, shown.answer]))
         for t in tokens
@@ -136,7 +137,7 @@ def test_the_candidates_of_a_run_are_those_that_were_retrieved(inputs, tmp_path)
         shown = show_query(project, users[0], 'test', task)
         assert sorted(shown.candidates) == listed
         assert ('retrieved' in render(shown, project)) == bool(listed)
-    of_run = pipeline.make_queries(project, 'test')[2][0].prompt
+    of_run = llm_input.make_queries(project, 'test')[2][0].prompt
     assert of_run.tolist() == show_query(project, users[0], 'test', None).prompt.tokens.tolist()
     project = with_retrieval(config, tmp_path / 'found', [7, target, 9])
     shown = show_query(project, users[0], 'test', None)
@@ -190,7 +191,7 @@ def test_d03_twins_stay_two_lines(inputs, tmp_path):
 def test_what_is_scored_is_the_answer_and_not_what_the_prompt_shows(inputs, tmp_path, answer):
     config = config_of(inputs, 'amazon', template='products', item='id_title', answer=answer)
     project = with_retrieval(config, tmp_path, [7, 3, 9])
-    users, items, queries = pipeline.make_queries(project, 'test')
+    users, items, queries = llm_input.make_queries(project, 'test')
     scores = Scores.of_queries(items, queries, project.encoder, users=users)
     catalogue, decode = project.dataset.catalogue, project.checkpoint.tokenizer.decode
     for c, item in enumerate([7, 3, 9]):

@@ -1,0 +1,239 @@
+"""A run: its config, its workdir, and what several stages read of them."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from palr_jax import data, retrieval, storage
+from palr_jax.errors import InputError
+from palr_jax.llama import lora, peft
+from palr_jax.llama.load import Checkpoint, open_checkpoint
+from palr_jax.llama.weights import Shardings
+from palr_jax.parallel import distributed, rules
+from palr_jax.parallel.mesh import check_rows, make_mesh
+from palr_jax.prompts.encode import Encoder
+from palr_jax.prompts.llm_profile import llm_profiles
+from palr_jax.prompts.profile import count_profile
+from palr_jax.prompts.template import load_template
+from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
+from palr_jax.ranking.users import Scores
+from palr_jax.retrieval import Candidates
+from palr_jax.stages import flatten, retrieval_reads_texts
+
+
+def lora_spec(config: ConfigDict) -> lora.LoraSpec:
+    """The adapter's shape that a config asks for."""
+    config = config.lora
+    return lora.LoraSpec(
+        config.rank, config.alpha, tuple(config.targets), config.rslora, config.dropout
+    )
+
+
+def order_seed(config: ConfigDict, user: int) -> list[int]:
+    """Of the order in which a user's prompt lists the candidates."""
+    return [config.seed, 5, int(user)]
+
+
+def sample_users(users: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """`number` of the users (0 is all), ascending, chosen by the seed."""
+    if number == 0 or number >= len(users):
+        return users
+    return np.sort(np.random.default_rng([seed, 6]).permutation(users)[:number])
+
+
+def load_data(config: ConfigDict) -> tuple[data.Source, data.Split]:
+    """What `config.data` names, parsed, filtered and split."""
+    source = data.load(config)
+    shares = config.valid_share, config.test_share
+    return source, data.make_split(source.interactions, config.split, *shares)
+
+
+class Project:
+    """A config, its workdir, and what several stages read; each thing is read once, when needed."""
+
+    def __init__(self, config: ConfigDict, workdir: epath.PathLike | None):
+        """Without a workdir nothing can be read from it or written; `dataset` may be assigned."""
+        self.config = config
+        self.workdir = None if workdir is None else epath.Path(workdir)
+
+    @functools.cached_property
+    def dataset(self) -> data.Dataset:
+        return data.read(self.workdir / 'data')
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The base model's architecture, tokenizer and identity; no weight is read for them."""
+        return open_checkpoint(data.resolve(self.config.model.path))
+
+    @functools.cached_property
+    def base(self) -> dict[str, Any]:
+        """The base model's parameters."""
+        return self.load_base(self.config.model.dtype)
+
+    def load_base(self, dtype: str) -> dict[str, Any]:
+        """The base model's parameters, read anew."""
+        model = self.config.model
+        logging.info('loading the weights of %s', model.path)
+        return self.checkpoint.params(dtype, model.quantize, self.shardings)
+
+    @functools.cached_property
+    def mesh(self) -> Mesh | None:
+        """The devices that share the LLM's work; None where one does it all."""
+        mesh = make_mesh(self.config.mesh)
+        return mesh if mesh.size > 1 else None
+
+    @property
+    def shardings(self) -> Shardings | None:
+        return rules.shardings(self.mesh, self.checkpoint.config) if self.mesh else None
+
+    def check_layout(self) -> None:
+        """Refuses, before any work, a mesh or batches that the devices cannot share."""
+        tuning = self.config.finetune
+        check_rows('finetune.batch_size', tuning.batch_size, self.mesh, tuning.accumulate)
+        check_rows('ranking.batch_size', self.config.ranking.batch_size, self.mesh)
+
+    def check_processes(self) -> None:
+        """Logs who is in this run, and refuses what one process cannot do alone."""
+        if jax.process_count() == 1:
+            return
+        fields = json.dumps(flatten(self.config), sort_keys=True)
+        distributed.preflight(hashlib.sha256(fields.encode()).hexdigest())
+        if 'retrieval' in self.config.stages and retrieval_reads_texts(self.config):
+            raise InputError(
+                'config.retrieval asks the base model for texts, and process 0 cannot run a model '
+                "that all share; allowed: a run of one process with config.stages=('data', "
+                "'retrieval') first, then this one without these two."
+            )
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        prompts = self.config.prompts
+        template = load_template(prompts.template)
+        return Encoder(
+            self.dataset.catalogue,
+            self.checkpoint.tokenizer,
+            template,
+            prompts.style,
+            prompts.length,
+            prompts.item,
+            prompts.answer,
+        )
+
+    def profiles(self, histories: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
+        """The keywords of each history, as `prompts.profile` says: every prompt has them from here.
+
+        A history ends before whatever the prompt is to be answered with.
+        """
+        config = self.config.prompts
+        if config.profile == 'counts':
+            return [count_profile(h, self.dataset.catalogue.keywords) for h in histories]
+        if config.profile == 'llm':
+            model = self.config.model
+            return llm_profiles(
+                histories,
+                self.encoder,
+                config,
+                self._base_scores,
+                path=self.workdir and self.workdir / 'profiles.json',
+                identity=f'{self.checkpoint.fingerprint} {model.dtype} {model.quantize} '
+                f'{model.matmul_precision}',
+            )
+        return [()] * len(histories)
+
+    def _base_scores(self, queries: Sequence[Query]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`score_queries` by the base model: prompts are the same before and after tuning."""
+        config = self.config.ranking
+        with jax.default_matmul_precision(self.config.model.matmul_precision):
+            yield from score_queries(
+                self._base_scorer,
+                self.base,
+                queries,
+                batch_size=config.batch_size,
+                row_length=config.row_length,
+                max_shapes=config.max_shapes,
+                max_positions=self.checkpoint.config.max_positions,
+            )
+
+    @functools.cached_property
+    def _base_scorer(self) -> Callable[[Any, Batch], jax.Array]:
+        return self.scorer(None)
+
+    def scorer(self, spec: lora.LoraSpec | None) -> Callable[[Any, Batch], jax.Array]:
+        """The ranking program of the model, with an adapter of this shape."""
+        dtype = jnp.dtype(self.config.model.dtype)
+        return make_scorer(self.checkpoint.config, spec, dtype, self.mesh)
+
+    @property
+    def texts(self) -> retrieval.Texts:
+        """What the base model makes of the items' texts and of histories."""
+        return retrieval.Texts(
+            lambda: self._text_vectors, self.profiles, lambda: self.checkpoint.fingerprint
+        )
+
+    @functools.cached_property
+    def _text_vectors(self) -> np.ndarray:
+        """[I, E], kept in the workdir: a retriever may be trained again, they need not be."""
+        model, texts = self.config.model, retrieval.item_texts(self.dataset.catalogue)
+        identity = retrieval.hash_items(
+            [self.checkpoint.fingerprint, model.dtype, model.quantize, *texts]
+        )
+        path = self.workdir / 'retrieval' / 'texts.npz'
+        if path.exists():
+            stored = storage.read_arrays(path)
+            if str(stored['identity']) == identity:
+                return stored['vectors']
+        vectors = retrieval.embed_texts(
+            self.base,
+            self.checkpoint.config,
+            self.checkpoint.tokenizer,
+            texts,
+            dtype=jnp.dtype(model.dtype),
+        )
+        storage.write_arrays(path, identity=np.array(identity), vectors=vectors)
+        return vectors
+
+    def adapted(self) -> tuple[dict[str, Any], lora.LoraSpec | None]:
+        """The tuned model: the base with the run's adapter beside its kernels, and its shape.
+
+        Where all weights were tuned there is no adapter, and no shape.
+        """
+        if self.config.finetune.full:
+            tuned = open_checkpoint(self.model_folder)
+            return tuned.params(self.config.model.dtype, 'none', self.shardings), None
+        adapter, spec = peft.load_adapter(self.adapter_folder, self.checkpoint.config)
+        adapter = jax.tree.map(jnp.asarray, adapter)
+        return lora.join(rules.shard(adapter, self.mesh, self.checkpoint.config), self.base), spec
+
+    @property
+    def adapter_folder(self) -> epath.Path:
+        return self.workdir / 'finetune' / 'adapter'
+
+    @property
+    def model_folder(self) -> epath.Path:
+        """What full fine-tuning writes in place of an adapter."""
+        return self.workdir / 'finetune' / 'model'
+
+    def scores_path(self, system: str, part: str) -> epath.Path:
+        return self.workdir / 'ranking' / f'{system}_{part}.npz'
+
+
+def read_candidates(project: Project, part: str) -> Candidates:
+    """The retriever's candidates for the users of a split part."""
+    return retrieval.read_candidates(project.workdir / 'retrieval', 'retriever', part)
+
+
+def retriever_scores(project: Project, scores: Scores, part: str) -> np.ndarray:
+    """[U', C] what the retriever said of the items that the LLM scored."""
+    found = read_candidates(project, part)
+    rows = np.searchsorted(found.users, scores.users)
+    return found.scores[rows, : scores.items.shape[1]]
