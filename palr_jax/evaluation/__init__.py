@@ -3,6 +3,8 @@
 Every user counts, ties are no luck, and each comparison is paired.
 """
 
+from palr_jax.evaluation.groups import user_groups
+from palr_jax.evaluation.lists import ItemFacts, item_facts, top_items
 from palr_jax.evaluation.metrics import (
     TargetRanks,
     hit_rate,
@@ -27,16 +29,20 @@ __all__ = [
     'SCHEMA',
     'AnswerLoss',
     'Comparison',
+    'ItemFacts',
     'Run',
     'TargetRanks',
     'build',
     'by_group',
     'hit_rate',
+    'item_facts',
     'ndcg',
     'rank_targets',
     'recall',
     'reciprocal_rank',
     'sampled',
     'table',
+    'top_items',
+    'user_groups',
     'write',
 ]

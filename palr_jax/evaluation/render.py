@@ -19,8 +19,15 @@ DATASETS = {'ml100k': 'MovieLens 100K', 'ml1m': 'MovieLens 1M', 'beauty': 'Amazo
 SPLITS = {'valid': 'Validation', 'test': 'Test'}
 DETAILS = ('variant', 'mode', 'objective')
 WITH_INTERVAL = ('HR@10', 'NDCG@10')  # in Markdown; metrics.json has the intervals of all
+LISTS = ('coverage@10', 'novelty@10', 'diversity@10')  # of what is recommended
 UNKNOWN = '–'
 SIGNED = '+z.4f'  # never -0.0000
+LISTS_MEANING = (
+    'The first 10 items of every list. Coverage: the share of the catalogue that anyone is shown; '
+    'more users cover more. Novelty: the mean of log2(users / users who have the item); one bit '
+    'more is an item known to half as many. Diversity: the mean Jaccard distance between the '
+    "keywords of a list's items, 0 for items all alike and 1 for items with nothing in common."
+)
 
 
 def labels(rows: Sequence[Row]) -> list[str]:
@@ -184,11 +191,16 @@ def markdown(report: Row) -> str:
         parts += [f'### {heading}', _result_table(rows, names)]
     if report['comparisons']:
         parts += ['## Comparisons', _comparison_table(report)]
-    groups = blocks(report, groups=True)
-    if groups:
+    recommended = [(heading, _list_table(rows)) for heading, rows in blocks(report)]
+    if any(text for _, text in recommended):
+        parts += ['## What is recommended', LISTS_MEANING]
+        parts += [f'### {heading}\n\n{text}' for heading, text in recommended if text]
+    if blocks(report, groups=True):
         parts.append('## Groups of users')
-        for heading, rows in groups:
-            parts += [f'### {heading}', _result_table(rows, names, group=True)]
+        for heading, rows in blocks(report, groups=True):
+            for grouping, of_grouping in _groupings(rows).items():
+                parts.append(f'### {heading}{grouping and ": by "}{grouping}')
+                parts.append(_group_table(of_grouping, names))
     if report['finetune']:
         parts += ['## Fine-tuning', _finetune_table(report['finetune'])]
     parts += ['## Retrieval', _properties(report['retrieval'])]
@@ -200,26 +212,63 @@ def markdown(report: Row) -> str:
     return '\n\n'.join(parts) + '\n'
 
 
-def _result_table(
-    rows: Sequence[tuple[str, Row]], names: Sequence[str], *, group: bool = False
-) -> str:
-    head = ['System', *(['Group'] if group else []), 'Users']
-    head += [
+def _result_table(rows: Sequence[tuple[str, Row]], names: Sequence[str]) -> str:
+    body = [[title(label), f'{row["users"]:,}', *_results(row, names)] for label, row in rows]
+    return _table(['System', 'Users', *_result_head(names)], body, left=1)
+
+
+def _group_table(groups: Mapping[str, list[tuple[str, Row]]], names: Sequence[str]) -> str:
+    body = [
+        [group, title(label), f'{row["users"]:,}', *_results(row, names)]
+        for group, rows in groups.items()
+        for label, row in rows
+    ]
+    return _table(['Group', 'System', 'Users', *_result_head(names)], body, left=2)
+
+
+def _groupings(
+    rows: Sequence[tuple[str, Row]],
+) -> dict[str, dict[str, list[tuple[str, Row]]]]:
+    """Rows by grouping and group; a row's 'group' is 'grouping: group', or a group alone."""
+    found: dict[str, dict[str, list[tuple[str, Row]]]] = {}
+    for label, row in rows:
+        *grouping, group = row['group'].split(': ', 1)
+        found.setdefault(''.join(grouping), {}).setdefault(group, []).append((label, row))
+    return found
+
+
+def _result_head(names: Sequence[str]) -> list[str]:
+    return [
         entry for name in names for entry in ([name, '95 %'] if name in WITH_INTERVAL else [name])
     ]
-    body = []
-    for label, row in rows:
-        line = [title(label), *([row['group']] if group else []), f'{row["users"]:,}']
-        for name in names:
-            line.append(number(row[name]))
-            if name in WITH_INTERVAL:
-                line.append(interval(row['ci95'][name]))
-        body.append(line)
-    return _table(head, body, left=2 if group else 1)
+
+
+def _results(row: Row, names: Sequence[str]) -> list[str]:
+    cells = []
+    for name in names:
+        cells.append(number(row[name]))
+        if name in WITH_INTERVAL:
+            cells.append(interval(row['ci95'][name]))
+    return cells
+
+
+def _list_table(rows: Sequence[tuple[str, Row]]) -> str:
+    """'' where no row has lists."""
+    body = [
+        [
+            title(label),
+            *(number(row[name], form) for name, form in zip(LISTS, ('.1%', '.2f', '.3f'))),
+        ]
+        for label, row in rows
+        if any(row.get(name) is not None for name in LISTS)  # older reports lack them
+    ]
+    return (
+        _table(['System', 'Coverage', 'Novelty (bits)', 'Diversity'], body, left=1) if body else ''
+    )
 
 
 def _comparison_table(report: Row) -> str:
-    head = ['A − B', 'Metric', 'Users', 'Difference', '95 %', 'p', 'p (Holm)']
+    head = ['A − B', 'Metric', 'Users', 'Difference', '95 %', 'p', 'p (Holm)', 'Detectable']
     body = []
     for row in report['comparisons']:
         users = compared_users(report, row)
@@ -232,6 +281,7 @@ def _comparison_table(report: Row) -> str:
                 interval(row['ci95'], SIGNED),
                 number(row['p_value']),
                 number(row['p_adjusted']),
+                number(row.get('detectable')),
             ]
         )
     return _table(head, body, left=2)
@@ -262,7 +312,15 @@ def _reading(report: Row) -> str:
         'seed. A mean of 0 has the interval [0, 0], which does not make it certain.',
         f'p: two-sided paired randomisation test, {settings["resamples"]:,} draws; corrected after '
         f'Holm over the {len(report["comparisons"])} comparisons of this report.',
+        'Detectable: the true difference that an uncorrected test at 5 % of as many such users '
+        'would find 8 times in 10; a much smaller one needs more users.',
     ]
+    if blocks(report, groups=True):
+        lines.append(
+            'Groups: history length is in items before the target, parted by the quartiles of all '
+            'users. Head, middle and tail items have about a third of the training events each, '
+            'most popular first; cold items none. Of many groups some look different by chance.'
+        )
     if report['dataset'].get('tie_rule'):
         lines.append(f'Events of a user at the same time: {report["dataset"]["tie_rule"]}.')
     return '\n'.join(f'- {line}' for line in lines)

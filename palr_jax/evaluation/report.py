@@ -16,6 +16,7 @@ from etils import epath
 from palr_jax import storage
 from palr_jax.errors import InputError
 from palr_jax.evaluation import chart, metrics, render, statistics
+from palr_jax.evaluation.lists import LENGTH, ItemFacts, coverage, diversity, novelty
 from palr_jax.evaluation.metrics import TargetRanks
 
 SCHEMA = 1
@@ -35,6 +36,7 @@ class Run:
     mode: str | None = None  # how the LLM ranks
     objective: str | None = None  # what the LLM was trained on
     group: str | None = None  # which of the users, where not all of them
+    lists: np.ndarray | None = None  # [U', 10] what is recommended, as `top_items` returns it
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,13 @@ def sampled(users: np.ndarray, seed: int) -> dict[str, Any]:
 def by_group(run: Run, groups: Mapping[str, np.ndarray]) -> list[Run]:
     """The rows of groups of a run's users; `groups` gives a mask [U'] for each group's name."""
     return [
-        replace(run, users=run.users[mask], ranks=run.ranks.take(mask), group=name)
+        replace(
+            run,
+            users=run.users[mask],
+            ranks=run.ranks.take(mask),
+            lists=None if run.lists is None else run.lists[mask],
+            group=name,
+        )
         for name, mask in groups.items()
     ]
 
@@ -83,6 +91,7 @@ def build(
     ks: Iterable[int] = KS,
     notes: Sequence[str] = (),
     answer_loss: AnswerLoss | None = None,
+    items: ItemFacts | None = None,
 ) -> dict[str, Any]:
     """Computes `report/metrics.json`.
 
@@ -99,6 +108,7 @@ def build(
       ks: further cutoffs of HR@K and NDCG@K beside 1, 5 and 10.
       notes: sentences for the reader (how prompts were shortened, what is special in this run).
       answer_loss: None where nothing was fine-tuned.
+      items: of the catalogue; needed where a run has lists.
 
     Returns:
       The dict; plain JSON values only, unknown values None.
@@ -107,7 +117,7 @@ def build(
         raise ValueError('a report needs at least one run')
     ks = set(KS) | set(ks)
     values = {run: _user_values(run, ks, candidates) for run in runs}
-    rows = [_row(run, values[run], resamples, seed) for run in runs]
+    rows = [_row(run, values[run], items, resamples, seed) for run in runs]
     names = dict(zip(runs, render.labels(rows)))
     if len({(names[run], *_set_of_users(run)) for run in runs}) < len(runs):
         raise ValueError('two rows of a report need a system, detail, split or set of users apart')
@@ -156,7 +166,13 @@ def _user_values(run: Run, ks: Iterable[int], cutoff: int) -> dict[str, np.ndarr
     return metrics.per_user(run.ranks.take(order), ks, cutoff)
 
 
-def _row(run: Run, values: Mapping[str, np.ndarray], resamples: int, seed: int) -> dict[str, Any]:
+def _row(
+    run: Run,
+    values: Mapping[str, np.ndarray],
+    items: ItemFacts | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
     row = {
         'system': run.system,
         'variant': run.variant,
@@ -169,7 +185,27 @@ def _row(run: Run, values: Mapping[str, np.ndarray], resamples: int, seed: int) 
     if run.group is not None:
         row['group'] = run.group
     means, intervals = _means(np.stack(list(values.values()), 1), resamples, seed)
-    return row | dict(zip(values, means)) | {'ci95': dict(zip(values, intervals))}
+    row |= dict(zip(values, means)) | {'ci95': dict(zip(values, intervals))}
+    return row | dict(zip(render.LISTS, _list_measures(run, items)))
+
+
+def _list_measures(run: Run, items: ItemFacts | None) -> tuple[float | None, ...]:
+    """Coverage, novelty and diversity; None without lists or without users."""
+    if run.lists is None:
+        return None, None, None
+    if items is None or run.lists.shape != (len(run.users), LENGTH):
+        raise ValueError(
+            f"{run.system}: lists must be [U', {LENGTH}] and `items` given, found "
+            f'{run.lists.shape}, {len(run.users)} users and items {type(items).__name__}'
+        )
+    if not len(run.users):
+        return None, None, None
+    lists = run.lists[np.argsort(run.users)]  # sums in one order of the users
+    return (
+        coverage(lists, items.items),
+        novelty(lists, items).mean(),
+        diversity(lists, items.keywords).mean(),
+    )
 
 
 def _set_of_users(run: Run) -> tuple[str, str, str | None]:
@@ -193,9 +229,10 @@ def _compare(
     if pair.metric not in values[a]:
         raise ValueError(f'unknown metric {pair.metric}; a row has {", ".join(values[a])}')
     a_values, b_values = values[a][pair.metric], values[b][pair.metric]
-    p_value = None
+    p_value = detectable = None
     if len(a_values):
         p_value = statistics.randomisation_test(a_values, b_values, resamples=resamples, seed=seed)
+        detectable = statistics.smallest_detectable(a_values, b_values)
     (difference,), (interval,) = _means((a_values - b_values)[:, None], resamples, seed)
     return {
         'a': names[a],
@@ -205,6 +242,7 @@ def _compare(
         'ci95': interval,
         'p_value': p_value,
         'p_adjusted': None,
+        'detectable': detectable,
     }
 
 

@@ -12,6 +12,7 @@ from palr_jax.errors import InputError
 from palr_jax.evaluation import (
     AnswerLoss,
     Comparison,
+    ItemFacts,
     Run,
     build,
     by_group,
@@ -21,9 +22,15 @@ from palr_jax.evaluation import (
     table,
     write,
 )
+from palr_jax.evaluation.render import markdown
 
+LISTS = ['coverage@10', 'novelty@10', 'diversity@10']
 METRICS = ['HR@1', 'HR@5', 'HR@10', 'NDCG@5', 'NDCG@10', 'MRR']
-ROW = {'system', 'variant', 'mode', 'objective', 'split', 'user_set', 'users', 'ci95', *METRICS}
+ROW = {
+    *('system', 'variant', 'mode', 'objective', 'split', 'user_set', 'users', 'ci95'),
+    *METRICS,
+    *LISTS,
+}
 DATASET = {
     'name': 'ml100k',
     'users': 60,
@@ -118,7 +125,9 @@ def test_metrics_json_has_the_keys_of_the_contract(report):
         'nobody',
     ]
     for row in report['comparisons']:
-        assert set(row) == {'a', 'b', 'metric', 'difference', 'ci95', 'p_value', 'p_adjusted'}
+        assert set(row) == {
+            *('a', 'b', 'metric', 'difference', 'ci95', 'p_value', 'p_adjusted', 'detectable')
+        }
         assert row['p_value'] <= row['p_adjusted'] <= 1
 
 
@@ -141,6 +150,7 @@ def test_the_numbers_are_means_over_all_users(report):
 
 
 def test_user_set_names_the_sample(report):
+    """E07: everybody by default, and a sample's hash in the report."""
     assert report['runs'][0]['user_set'] == 'all'
     lines = ''.join(f'{user}\n' for user in range(60) if user % 5 < 2)
     assert report['runs'][2]['user_set'] == {
@@ -277,7 +287,7 @@ def test_markdown_holds_every_row_and_what_the_numbers_mean(report, tmp_path):
     assert [line.split('|')[3].strip() for line in lines if line.startswith('| Retriever − ')] == [
         '60'
     ]
-    assert '| Retriever | nobody | 0 | – | – |' in text
+    assert '| nobody | Retriever | 0 | – | – |' in text
     assert 'MRR is cut at rank 20' in text
     assert '200 resamples, seed 7' in text
     assert 'file order' in text
@@ -326,3 +336,104 @@ def test_a_report_of_groups_alone_still_has_a_chart(tmp_path):
     for runs in ([run], by_group(run, {'odd': users % 2 == 1, 'none': users < 0})):
         write(make_report(runs), tmp_path)
         assert (tmp_path / 'comparison.png').read_bytes().startswith(b'\x89PNG')
+
+
+FACTS = ItemFacts(
+    holders=np.array([0, 32, 16, 8, *[1] * 37]), users=64, keywords=[(), *[('a',), ('b',)] * 20]
+)
+
+
+def with_lists(system='retriever', order=None, **changes):
+    """Users 0 … 59; an even one is shown the items 1 and 2, an odd one 3."""
+    order = np.arange(60) if order is None else order
+    lists = np.full((60, 10), -1)
+    lists[::2, :2] = [1, 2]
+    lists[1::2, 0] = 3
+    ranks = ranked(np.arange(60), 1, 0)
+    return Run(system, order, ranks.take(order), lists=lists[order], **changes)
+
+
+def test_lists_are_measured_in_every_row_that_has_them():
+    """By hand: bits (1 + 2) / 2 and 3; keywords a and b have nothing in common."""
+    run = with_lists()
+    groups = {
+        'parity: even': run.users % 2 == 0,
+        'parity: odd': run.users % 2 == 1,
+        'no': ~run.users.astype(bool) & False,
+    }
+    plain = Run('popularity', run.users, run.ranks)
+    rows = make_report([run, plain, *by_group(run, groups)], items=FACTS)['runs']
+    found = [[row[name] for name in LISTS] for row in rows]
+    assert found == [
+        [3 / 40, (1.5 + 3) / 2, 0.5],
+        [None] * 3,
+        [2 / 40, 1.5, 1.0],
+        [1 / 40, 3.0, 0.0],
+        [None] * 3,
+    ]
+
+
+def test_e09_the_order_of_the_users_changes_no_list_measure():
+    order = np.random.default_rng(0).permutation(60)
+    first, again = (make_report([with_lists(order=o)], items=FACTS) for o in (None, order))
+    assert first == again
+
+
+def test_lists_of_another_form_are_refused():
+    run = with_lists()
+    short = Run('x', run.users, run.ranks, lists=run.lists[:, :5])
+    with pytest.raises(ValueError, match=r"lists must be \[U', 10\].*\(60, 5\)"):
+        make_report([short], items=FACTS)
+    with pytest.raises(ValueError, match='and items NoneType'):
+        make_report([run])
+
+
+def test_what_is_recommended_has_a_table_of_its_own(report, tmp_path):
+    runs = [with_lists(), with_lists('popularity')]
+    text = markdown(make_report(runs, items=FACTS))
+    assert text.index('## What is recommended') < text.index('| Retriever | 7.5% | 2.25 | 0.500 |')
+    assert 'What is recommended' not in markdown(report)
+
+
+def test_groups_stand_by_grouping_and_the_systems_of_a_group_together():
+    run, other = with_lists(), with_lists('popularity')
+    groups = {f'parity: {name}': run.users % 2 == odd for name, odd in (('even', 0), ('odd', 1))}
+    groups['size: 1'] = run.users < 60
+    runs = [run, other, *by_group(run, groups), *by_group(other, groups)]
+    report = make_report(runs, items=FACTS)
+    lines = markdown(report).split('## Groups of users')[1].splitlines()
+    heads = [line for line in lines if line.startswith('### Test')]
+    assert heads == ['### Test, all users: by parity', '### Test, all users: by size']
+    cells = [line.split(' | ')[:3] for line in lines if line.startswith(('| even', '| odd', '| 1'))]
+    assert cells == [
+        ['| even', 'Retriever', '30'],
+        ['| even', 'Popularity', '30'],
+        ['| odd', 'Retriever', '30'],
+        ['| odd', 'Popularity', '30'],
+        ['| 1', 'Retriever', '60'],
+        ['| 1', 'Popularity', '60'],
+    ]
+    assert max(map(len, table(report).splitlines())) <= 100
+
+
+def test_comparisons_say_what_they_could_have_found(report):
+    """2.80 standard errors; here that of the difference between two rows' users."""
+    runs = make_runs()
+    difference = hit_rate(runs[6].ranks, 10) - hit_rate(runs[3].ranks, 10)
+    expected = 2.8016 * difference.std(ddof=1) / np.sqrt(24)
+    row = report['comparisons'][1]
+    assert row['detectable'] == pytest.approx(expected, rel=1e-4)
+    assert f'| {row["detectable"]:.4f} |' in markdown(report)
+    same = make_report(runs, comparisons=[Comparison(runs[1], runs[1], 'HR@10')])
+    assert same['comparisons'][0]['detectable'] is None
+
+
+def test_a_report_of_an_earlier_version_still_renders(report):
+    old = json.loads(json.dumps(report))
+    for row in old['runs']:
+        for name in LISTS:
+            del row[name]
+    for row in old['comparisons']:
+        del row['detectable']
+    assert '| Fused − Retriever | NDCG@10 | 24 |' in markdown(old)
+    assert table(old) == table(report)

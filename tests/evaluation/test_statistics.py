@@ -10,6 +10,7 @@ from palr_jax.evaluation.statistics import (
     holm,
     paired_bootstrap_interval,
     randomisation_test,
+    smallest_detectable,
 )
 
 
@@ -129,3 +130,30 @@ def test_bad_values_are_refused():
         bootstrap_interval(np.zeros(0), resamples=10, seed=0)
     with pytest.raises(ValueError, match='same users'):
         randomisation_test(np.zeros(3), np.zeros(4), resamples=10, seed=0)
+
+
+def test_smallest_detectable_by_hand():
+    """Differences of +1 and -1, half each: 2.8016 standard errors of sqrt(100 / 99) / 10."""
+    a, b = np.tile([1.0, -1.0], 50), np.zeros(100)
+    assert smallest_detectable(a, b) == pytest.approx(2.8016 * 0.100504, rel=1e-4)
+    assert smallest_detectable(a + 5, b) == pytest.approx(smallest_detectable(a, b))
+    assert np.isnan(smallest_detectable(b, b))
+    assert np.isnan(smallest_detectable(b[:1], a[:1]))
+
+
+def test_a_detectable_difference_is_found_8_times_in_10():
+    """Users drawn from a population with that true difference, tested as the report tests."""
+    a, b = two_systems(users=200, gain=0.1)
+    spread = (a - b) - (a - b).mean()
+    rng = np.random.default_rng(0)
+
+    def found(difference, trials=400):
+        samples = difference + rng.choice(spread, (trials, len(spread)))
+        nothing = np.zeros(len(spread))
+        ps = [
+            randomisation_test(row, nothing, resamples=199, seed=n) for n, row in enumerate(samples)
+        ]
+        return np.mean(np.array(ps) <= 0.05)
+
+    assert found(smallest_detectable(a, b)) == pytest.approx(0.8, abs=0.05)
+    assert found(0.0) == pytest.approx(0.05, abs=0.03)
