@@ -3,9 +3,9 @@
 A group's name is 'grouping: group'. The groups of a grouping never overlap, and the rule that makes
 them looks at all users of the split, so a sample of the users has the same groups:
 
-* 'fine-tuning: its users', 'fine-tuning: other users': those whose training histories gave examples
+* 'fine-tuning: seen users', 'fine-tuning: unseen users': those whose training histories gave examples
   for fine-tuning, and the rest. The paper fine-tunes on a fifth of the users, to show that the LLM
-  learns something of use to the rest.
+  learns something of use to the unseen.
 * 'history length: 3-9': items before the target. The bounds are the quartiles over all users who
   have a target; users with one length stay together, so there may be fewer than four groups.
 * 'target popularity: head', '… middle', '… tail', '… cold': items by their training events, most
@@ -39,7 +39,7 @@ def user_groups(
     groups = {}
     if tuned is not None:
         chosen = np.isin(users, tuned)
-        groups = {'fine-tuning: its users': chosen, 'fine-tuning: other users': ~chosen}
+        groups = {'fine-tuning: seen users': chosen, 'fine-tuning: unseen users': ~chosen}
     lengths = split.valid_at if part == 'valid' else split.test_at  # what stands before a target
     of_user = lengths[users]
     for low, high in quartiles(lengths[split.users(part)]):

@@ -101,7 +101,8 @@ def compared_users(report: Row, comparison: Row) -> int | None:
         for name_a, a in rows[1]:
             for name_b, b in rows[1]:
                 named = (name_a, name_b) == (comparison['a'], comparison['b'])
-                alike = a.get('group') == b.get('group') and a['users'] == b['users'] > 0
+                groups = {row.get('group') for row in (a, b, comparison)}
+                alike = len(groups) == 1 and a['users'] == b['users'] > 0
                 if named and alike and abs(a[metric] - b[metric] - difference) < 1e-9:
                     return a['users']
     return None
@@ -163,7 +164,8 @@ def _facts(report: Row) -> list[str]:
 
 
 def _pair(comparison: Row) -> str:
-    return f'{title(comparison["a"])} − {title(comparison["b"])}'
+    group = f' ({comparison["group"]})' if 'group' in comparison else ''
+    return f'{title(comparison["a"])} − {title(comparison["b"])}{group}'
 
 
 def _cut(text: str, width: int) -> str:
@@ -200,7 +202,7 @@ def markdown(report: Row) -> str:
         for heading, rows in blocks(report, groups=True):
             for grouping, of_grouping in _groupings(rows).items():
                 parts.append(f'### {heading}{grouping and ": by "}{grouping}')
-                parts.append(_group_table(of_grouping, names))
+                parts.append(_group_table(of_grouping))
     if report['finetune']:
         parts += ['## Fine-tuning', _finetune_table(report['finetune'])]
     parts += ['## Retrieval', _properties(report['retrieval'])]
@@ -217,13 +219,14 @@ def _result_table(rows: Sequence[tuple[str, Row]], names: Sequence[str]) -> str:
     return _table(['System', 'Users', *_result_head(names)], body, left=1)
 
 
-def _group_table(groups: Mapping[str, list[tuple[str, Row]]], names: Sequence[str]) -> str:
+def _group_table(groups: Mapping[str, list[tuple[str, Row]]]) -> str:
+    """The metrics that have intervals: groups are small."""
     body = [
-        [group, title(label), f'{row["users"]:,}', *_results(row, names)]
+        [group, title(label), f'{row["users"]:,}', *_results(row, WITH_INTERVAL)]
         for group, rows in groups.items()
         for label, row in rows
     ]
-    return _table(['Group', 'System', 'Users', *_result_head(names)], body, left=2)
+    return _table(['Group', 'System', 'Users', *_result_head(WITH_INTERVAL)], body, left=2)
 
 
 def _groupings(

@@ -234,7 +234,7 @@ def _compare(
         p_value = statistics.randomisation_test(a_values, b_values, resamples=resamples, seed=seed)
         detectable = statistics.smallest_detectable(a_values, b_values)
     (difference,), (interval,) = _means((a_values - b_values)[:, None], resamples, seed)
-    return {
+    row = {
         'a': names[a],
         'b': names[b],
         'metric': pair.metric,
@@ -244,6 +244,7 @@ def _compare(
         'p_adjusted': None,
         'detectable': detectable,
     }
+    return row if a.group is None else row | {'group': a.group}
 
 
 def _answer_loss(loss: AnswerLoss, resamples: int, seed: int) -> dict[str, Any]:

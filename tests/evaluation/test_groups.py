@@ -42,8 +42,8 @@ def test_thirds_of_training_events():
 def test_groups_by_hand():
     groups = user_groups(SPLIT, 'test', np.arange(5), np.array([0, 3]))
     assert {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()} == {
-        'fine-tuning: its users': [0, 3],
-        'fine-tuning: other users': [1, 2, 4],
+        'fine-tuning: seen users': [0, 3],
+        'fine-tuning: unseen users': [1, 2, 4],
         'history length: 3': [0, 1],
         'history length: 4': [2, 3],
         'history length: 5': [4],
@@ -85,7 +85,7 @@ def test_without_fine_tuning_and_without_users():
     assert not any(name.startswith('fine-tuning') for name in groups)
     assert user_groups(SPLIT, 'test', np.zeros(0, int), None) == {}
     groups = user_groups(SPLIT, 'test', np.arange(5), np.arange(5))
-    assert 'fine-tuning: other users' not in groups
+    assert 'fine-tuning: unseen users' not in groups
     nobody = Split(SPLIT.offsets, SPLIT.items, SPLIT.train_end, -np.ones(5), -np.ones(5))
     with pytest.raises(ValueError, match='without a valid target'):
         user_groups(nobody, 'valid', np.arange(5), None)

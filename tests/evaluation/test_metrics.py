@@ -90,6 +90,8 @@ def test_e01_nan_scores_are_refused_by_user():
         rank_targets(items, scores, np.ones(3, int))
     with pytest.raises(InputError, match='user 77 has a score that is NaN'):
         rank_targets(items, scores, np.ones(3, int), users=np.array([5, 77, 8]))
+    with pytest.raises(InputError, match='3 of 3 users'):
+        rank_targets(items, np.full((3, 4), np.nan), np.ones(3, int))
 
 
 def test_e01_minus_infinity_is_a_score_and_the_worst():

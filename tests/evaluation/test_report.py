@@ -416,6 +416,21 @@ def test_groups_stand_by_grouping_and_the_systems_of_a_group_together():
     assert max(map(len, table(report).splitlines())) <= 100
 
 
+def test_comparisons_within_a_group_say_so():
+    run, other = with_lists(), Run('popularity', np.arange(60), ranked(np.arange(60), 0, 3))
+    odd = {'parity: odd': run.users % 2 == 1}
+    pair = [by_group(each, odd)[0] for each in (run, other)]
+    everyone = Comparison(run, other, 'HR@10')
+    comparisons = [everyone, Comparison(*pair, 'HR@10')]
+    report = make_report([run, other, *pair], items=FACTS, comparisons=comparisons)
+    assert [row.get('group') for row in report['comparisons']] == [None, 'parity: odd']
+    text = markdown(report)
+    assert '| Retriever − Popularity | HR@10 | 60 |' in text
+    assert '| Retriever − Popularity (parity: odd) | HR@10 | 30 |' in text
+    with pytest.raises(ValueError, match='different users'):
+        make_report([run, *pair], comparisons=[Comparison(run, pair[1], 'HR@10')], items=FACTS)
+
+
 def test_comparisons_say_what_they_could_have_found(report):
     """2.80 standard errors; here that of the difference between two rows' users."""
     runs = make_runs()
