@@ -3,9 +3,9 @@
 A group's name is 'grouping: group'. The groups of a grouping never overlap, and the rule that makes
 them looks at all users of the split, so a sample of the users has the same groups:
 
-* 'fine-tuning: seen users', 'fine-tuning: unseen users': those whose training histories gave examples
-  for fine-tuning, and the rest. The paper fine-tunes on a fifth of the users, to show that the LLM
-  learns something of use to the unseen.
+* 'fine-tuning: seen users', 'fine-tuning: unseen users': those whose training histories gave
+  examples for fine-tuning, and the rest. The paper fine-tunes on a fifth of the users, to show that
+  the LLM learns something of use to the unseen. (The retriever trains on all of them.)
 * 'history length: 3-9': items before the target. The bounds are the quartiles over all users who
   have a target; users with one length stay together, so there may be fewer than four groups.
 * 'target popularity: head', '… middle', '… tail', '… cold': items by their training events, most

@@ -257,17 +257,13 @@ def _results(row: Row, names: Sequence[str]) -> list[str]:
 
 def _list_table(rows: Sequence[tuple[str, Row]]) -> str:
     """'' where no row has lists."""
+    head = ['System', 'Coverage', 'Novelty (bits)', 'Diversity']
     body = [
-        [
-            title(label),
-            *(number(row[name], form) for name, form in zip(LISTS, ('.1%', '.2f', '.3f'))),
-        ]
+        [title(label), *(number(row[name], '.3f') for name in LISTS)]
         for label, row in rows
         if any(row.get(name) is not None for name in LISTS)  # older reports lack them
     ]
-    return (
-        _table(['System', 'Coverage', 'Novelty (bits)', 'Diversity'], body, left=1) if body else ''
-    )
+    return _table(head, body, left=1) if body else ''
 
 
 def _comparison_table(report: Row) -> str:
@@ -320,9 +316,10 @@ def _reading(report: Row) -> str:
     ]
     if blocks(report, groups=True):
         lines.append(
-            'Groups: history length is in items before the target, parted by the quartiles of all '
-            'users. Head, middle and tail items have about a third of the training events each, '
-            'most popular first; cold items none. Of many groups some look different by chance.'
+            'Groups: seen users gave examples for fine-tuning. History length is in items before '
+            'the target, parted by the quartiles of all users. Head, middle and tail items have '
+            'about a third of the training events each, most popular first; cold items none. Of '
+            'many groups some look different by chance.'
         )
     if report['dataset'].get('tie_rule'):
         lines.append(f'Events of a user at the same time: {report["dataset"]["tie_rule"]}.')

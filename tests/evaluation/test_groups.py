@@ -39,6 +39,13 @@ def test_thirds_of_training_events():
     assert classes[1:].tolist() == ['head', *['middle'] * 3, *['tail'] * 3, 'cold']
 
 
+def test_thirds_end_before_an_item_not_in_it():
+    """Of 12 events 4, 3, 2, 1, 1, 1: item 2 has a third before it, item 4 nine."""
+    split = split_of([[1] * 4 + [2] * 3 + [3] * 2 + [4, 5, 6] + [7, 7]])
+    names = ['head', 'middle', 'middle', 'tail', 'tail', 'tail', 'cold']
+    assert popularity_classes(split)[1:].tolist() == names
+
+
 def test_groups_by_hand():
     groups = user_groups(SPLIT, 'test', np.arange(5), np.array([0, 3]))
     assert {name: np.flatnonzero(mask).tolist() for name, mask in groups.items()} == {
@@ -72,6 +79,8 @@ def test_the_groups_of_a_grouping_part_the_users():
         for grouping in ('fine-tuning', 'history length', 'target popularity'):
             masks = [mask for name, mask in groups.items() if name.startswith(f'{grouping}: ')]
             assert (np.sum(masks, 0) == 1).all()
+        few = user_groups(split, part, users[:20], np.arange(60))
+        assert set(few) <= set(groups)
         for name, mask in groups.items():
             if name.startswith('history length'):
                 low, high = map(int, name.split(': ')[1].split('-'))
