@@ -102,7 +102,7 @@ def test_novelty_by_hand():
 
 def test_diversity_by_hand():
     """Drama and Drama-War: 1 - 1/2. Items 4 and 5 have no keywords."""
-    keywords = [(), ('Drama',), ('Drama', 'War', 'War'), ('Comedy',), (), ()]
+    keywords = [(), ('Drama',), ('Drama', 'War', 'Drama'), ('Comedy',), (), ()]
     lists = np.array([[1, 2, -1], [1, 2, 3], [4, 5, -1], [4, 1, -1], [1, -1, -1], [-1, -1, -1]])
     np.testing.assert_allclose(diversity(lists, keywords), [0.5, 2.5 / 3, 0, 1, 0, 0])
     assert diversity(lists, [()] * 6).tolist() == [0] * 6
