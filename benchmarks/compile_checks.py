@@ -78,25 +78,23 @@ def check(hardware: str, program: str, more: tuple[str, ...]) -> dict:
 def table(folder: Path) -> str:
     """Markdown of all the results in `folder`."""
     lines = [
-        '| hardware | chips | program | rows | GiB a chip: arguments | temporaries | of | fits '
-        '| TFLOP a chip | GB communicated | compiling: CPU seconds |',
-        '| --- | ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |',
+        '| hardware | chips | program | GiB a chip, of | TFLOP a chip | communicated, GB '
+        '| compile: seconds, CPU seconds |',
+        '| --- | ---: | --- | --- | ---: | ---: | ---: |',
     ]
     for hardware in VARIANTS:
         path = folder / f'compile_check_{hardware}.json'
         for name, result in storage.read_json(path).items() if path.exists() else ():
             (found,) = result['programs'].values()
-            shape = found['shape']
-            row = [hardware, result['chips'], name, shape.get('rows', shape.get('users'))]
+            row = [hardware, result['chips'], name]
             if 'work' in found:
                 sent = sum(x['bytes'] for x in found['collectives'].values())
-                row += [f'{found["arguments_gib"]:.2f}', f'{found["temporaries_gib"]:.2f}']
-                row += [f'{found["hbm_gib"]:.0f}', 'yes' if found['fits'] else 'no']
+                row += [f'{found["needed_gib"]:.2f} of {found["hbm_gib"]:.0f}']
                 row += [f'{found["work"]["flops"] / 1e12:.1f}', f'{sent / 1e9:.1f}']
-                row += [f'{found["compile_cpu_seconds"]:.0f}']
+                row += [f'{found["compile_seconds"]:.0f}, {found["compile_cpu_seconds"]:.0f}']
             else:
-                needed = f'needs {found["needed_gib"]:.1f}'
-                row += ['', needed, f'{found["hbm_gib"]:.0f}', 'no', '', '', '']
+                needed = f'{found["needed_gib"]:.2f} of {found["hbm_gib"]:.0f}'
+                row += [f'{needed}: does not fit', '', '', '']
             lines.append(f'| {" | ".join(map(str, row))} |')
     return '\n'.join(lines)
 

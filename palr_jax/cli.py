@@ -1,5 +1,6 @@
 """What the entry points share: bad input and Ctrl-C end in one sentence, not in a traceback."""
 
+import errno
 import logging as python_logging
 import os
 import sys
@@ -10,6 +11,7 @@ from absl import app, flags, logging
 from palr_jax.config import check_name
 from palr_jax.errors import BAD_INPUT, InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the largest file
 INTERRUPTED = 128 + 2  # what shells expect after Ctrl-C, signal 2
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -58,12 +60,16 @@ def _guarded(main: Callable[[list[str]], None], argv: list[str]) -> None:
         main(argv)
     except InputError as error:
         _fail(error)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _fail(error)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 
 def _fail(error: Exception) -> None:
-    text = ' '.join(str(error.args[0] if error.args else error).split())
-    print(f'error: {text}', file=sys.stderr)
+    told = error.args[0] if error.args and not isinstance(error, OSError) else error
+    print(f'error: {" ".join(str(told).split())}', file=sys.stderr)
     sys.exit(BAD_INPUT)

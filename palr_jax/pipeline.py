@@ -8,6 +8,7 @@ An interrupted stage continues where its own files say: the retriever from its l
 fine-tuning from its newest checkpoint, ranking from the users scored so far.
 """
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable
@@ -61,6 +62,12 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
       InputError: bad input of any kind.
     """
     validate(config)
+    with contextlib.ExitStack() as stack:
+        distributed.by_one(lambda: stack.enter_context(storage.locked(workdir)))
+        return _run(config, workdir, overwrite)
+
+
+def _run(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict | None:
     ledger = distributed.in_turn(lambda: Ledger(config, workdir, overwrite))
     project = Project(config, workdir)
     if not set(SHARED).isdisjoint(config.stages):

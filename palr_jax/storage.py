@@ -5,18 +5,24 @@ under a temporary name and renamed. Object stores have no rename, but a write th
 or not at all. Of several processes in one run, one writes.
 """
 
+import contextlib
+import fcntl
 import io
 import json
 import os
+import socket
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from palr_jax.errors import InputError
+
+LOCK = '.lock'  # in a folder that one run has at a time
 
 _reads_only = False
 
@@ -30,6 +36,39 @@ def only_read() -> None:
 def writes() -> bool:
     """Whether this process writes files."""
     return not _reads_only
+
+
+@contextlib.contextmanager
+def locked(folder: epath.PathLike) -> Iterator[None]:
+    """Keeps a local folder for this process, until the block or the process ends, however it ends.
+
+    An object store has no locks: there nobody is kept out.
+
+    Raises:
+      InputError: another process has it.
+    """
+    if '://' in os.fspath(folder):
+        yield
+        return
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, 'a+')  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f'{folder}: cannot be written ({error.strerror}).') from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f'{folder} is in use by another run ({file.read().strip()}); wait for it, stop it '
+                'or use another workdir.'
+            ) from None
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {socket.gethostname()}')
+        file.flush()
+        yield
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:

@@ -142,7 +142,7 @@ def test_the_same_command_again_does_no_finished_work(finished, inputs, monkeypa
         monkeypatch.setattr(pipeline, name, work)
     assert pipeline.run(small_config(inputs), workdir) == report
     changed = {p for p, t in files.items() if p.stat().st_mtime_ns != t}
-    assert changed <= {workdir / 'config.json'}
+    assert changed <= {workdir / 'config.json', workdir / storage.LOCK}
 
 
 @pytest.mark.slow
@@ -259,6 +259,15 @@ def test_recommend_needs_a_finished_run(tmp_path):
         recommend(tmp_path, ['x'], 10)
 
 
+def test_a_workdir_that_another_run_has_is_refused(inputs, tmp_path):
+    with (
+        storage.locked(tmp_path),
+        pytest.raises(InputError, match='is in use by another run'),
+    ):
+        pipeline.run(small_config(inputs), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [storage.LOCK]
+
+
 @pytest.mark.slow
 def test_the_config_of_a_run_is_kept(finished, inputs):
     workdir, _ = finished
@@ -311,7 +320,7 @@ def test_bad_input_is_one_sentence_and_status_2(case, tmp_path):
     assert len(errors) == 1
     assert BAD[case].named in errors[0]
     left = [p.name for p in (tmp_path / 'run').rglob('*')]
-    assert set(left) <= {'config.json'}
+    assert set(left) <= {'config.json', storage.LOCK}
 
 
 @pytest.mark.slow

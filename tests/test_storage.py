@@ -1,6 +1,7 @@
 """Files are whole or absent, and foreign data is never unpickled."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -43,6 +44,21 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch)
         storage.write_json(path, {'new': 1})
     assert json.loads(path.read_text()) == {'old': 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    folder = tmp_path / 'run'
+    for _ in range(2):  # it is free again afterwards
+        with storage.locked(folder):
+            with (
+                pytest.raises(
+                    InputError, match=rf'run is in use by another run \(process {os.getpid()} on'
+                ),
+                storage.locked(folder),
+            ):
+                raise AssertionError
+            with storage.locked(tmp_path / 'other'):
+                pass
 
 
 def test_missing_and_damaged_files_are_named(tmp_path):

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from palr_jax.errors import InputError
 from palr_jax.finetune import input as finetune_input
+from palr_jax.finetune.checkpoints import Checkpoints
 from palr_jax.finetune.input import Rows, Tokens
 from palr_jax.finetune.optimizer import learning_rate, make_optimizer, update
 from palr_jax.finetune.throughput import Trace, log_overview, utilisation
@@ -207,15 +207,15 @@ def train(
     trace = Trace(epath.Path(workdir) / 'finetune' / 'profile', config)
 
     folder = epath.Path(workdir) / 'finetune' / 'checkpoints'
-    with using(mesh), checkpoints(folder, config.checkpoint_every) as manager:
-        start = manager.latest_step() or 0
+    with using(mesh), Checkpoints(folder, config.checkpoint_every) as checkpoints:
+        start = checkpoints.latest
         if start > config.steps:
             raise InputError(
                 f'finetune.steps is {config.steps}, but {folder} holds a run of {start} steps; '
                 f'allowed: {start} or more, or --overwrite.'
             )
         if start:
-            adapter, state = restore(manager, start, adapter, state)
+            adapter, state = checkpoints.restore(adapter, state)
             logging.info('finetune: continuing after step %d', start)
         with (
             MetricWriter(workdir, {'finetune': start + 1}) as writer,
@@ -249,9 +249,9 @@ def train(
                     model_flops_utilisation=utilisation(program, batch, seconds, mesh),
                 )
                 last = step + 1 == config.steps
-                manager.save(step + 1, args=_save_args(adapter, state), force=last)
+                checkpoints.save(step + 1, adapter, state, last=last)
                 progress.update(note=f'loss {metrics["loss"]:.3f}')
-        manager.wait_until_finished()
+        checkpoints.wait()
     return adapter
 
 
@@ -269,36 +269,6 @@ def init_state(
     of_state = rules.tree_shardings(jax.eval_shape(optimizer.init, params), mesh, model)
     places = rules.tree_shardings(adapter, mesh, model), of_state
     return jax.jit(optimizer.init, out_shardings=of_state)(params), places
-
-
-def checkpoints(folder: epath.PathLike, every: int) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints: one every `every` steps, the last two kept.
-
-    A machine that announces its preemption gets one more. A write that fails raises at the next
-    save, or when the manager is waited for or closed.
-    """
-    policies = ocp.checkpoint_managers
-    options = ocp.CheckpointManagerOptions(
-        save_decision_policy=policies.AnySavePolicy(
-            [policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()]
-        ),
-        max_to_keep=2,
-        create=True,
-    )
-    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
-
-
-def _save_args(adapter: Params, state: optax.OptState) -> ocp.args.StandardSave:
-    return ocp.args.StandardSave({'adapter': adapter, 'state': state})
-
-
-def restore(
-    manager: ocp.CheckpointManager, step: int, adapter: Params, state: optax.OptState
-) -> tuple[Params, optax.OptState]:
-    """Reads a checkpoint into the structure of `adapter` and `state`."""
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, {'adapter': adapter, 'state': state})
-    restored = manager.restore(step, args=ocp.args.StandardRestore(target))
-    return restored['adapter'], restored['state']
 
 
 def answer_losses(

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 MINUTES = 5  # at most, on a busy machine
 
 
-def start(workdir, most_bytes=None):
+def start(workdir, most_bytes=None, steps=30):
     """`most_bytes`: no file of the process may grow beyond."""
-    command = [sys.executable, str(PROGRAM), str(workdir)]
+    command = [sys.executable, str(PROGRAM), str(workdir), str(steps)]
     if most_bytes:
         limit = (
             f'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({most_bytes},) * 2); '
@@ -72,8 +72,23 @@ def test_a_killed_run_ends_with_the_same_adapter(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run(tmp_path):
-    """O03: a full disk, here files of at most 4 kB; a checkpoint is larger, a curve is not."""
-    found, errors = finish(start(tmp_path, most_bytes=4096))
+    """O03: a full disk, here files of at most 4 kB; a checkpoint is larger, a curve is not.
+
+    The last good checkpoint still loads: with room again, the run ends as if nothing had been.
+    """
+    reference = start(tmp_path / 'reference')
+    found, errors = finish(start(tmp_path / 'full', most_bytes=4096))
     assert found is None
+    assert 'a checkpoint cannot be written, there is none yet; make room' in errors
     assert 'File too large' in errors
-    assert len(steps(tmp_path)) < 30
+    assert len(steps(tmp_path / 'full')) < 30
+
+    shorter, errors = finish(start(tmp_path / 'full', steps=5))
+    assert shorter, errors
+    found, errors = finish(start(tmp_path / 'full', most_bytes=4096))
+    assert found is None
+    assert 'step 5 is the last good one' in errors
+    expected, errors = finish(reference)
+    assert expected, errors
+    found, errors = finish(start(tmp_path / 'full'))
+    assert found == expected, errors

@@ -14,9 +14,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from palr_jax.errors import InputError
+from palr_jax.finetune import checkpoints as checkpoints_module
+from palr_jax.finetune.checkpoints import Checkpoints
 from palr_jax.finetune.input import Tokens, lay_out, stack
 from palr_jax.finetune.optimizer import make_optimizer
-from palr_jax.finetune.train import Program, answer_losses, checkpoints, loss, restore, train
+from palr_jax.finetune.train import Program, answer_losses, loss, train
 from palr_jax.llama import lora
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import apply_logits
@@ -160,8 +162,8 @@ def test_over_a_bfloat16_base_the_adapter_moves_in_float32(tmp_path):
         assert after.dtype == jnp.float32
         assert 0 < np.abs(after - before).max() < 4 * 6e-4 * 2
     state = make_optimizer(config).init(lora.join(start, half))
-    with checkpoints(tmp_path / 'finetune' / 'checkpoints', 4) as manager:
-        stored = restore(manager, 4, start, state)
+    with Checkpoints(tmp_path / 'finetune' / 'checkpoints', 4) as checkpoints:
+        stored = checkpoints.restore(start, state)
     floats = [x for x in jax.tree.leaves(stored) if jnp.issubdtype(x.dtype, jnp.floating)]
     assert len(floats) == 3 * 6  # the adapter and its two moments
     assert all(leaf.dtype == jnp.float32 for leaf in floats)
@@ -254,14 +256,39 @@ def test_restoring_keeps_the_types_of_the_optimiser_state(base, uninterrupted):
     folder, expected = uninterrupted
     start = lora.init_adapter(MODEL, PROGRAM.lora, seed=0)
     state = make_optimizer(settings()).init(lora.join(start, base))
-    with checkpoints(folder / 'finetune' / 'checkpoints', 4) as manager:
-        adapter, restored = restore(manager, 10, start, state)
+    with Checkpoints(folder / 'finetune' / 'checkpoints', 4) as checkpoints:
+        adapter, restored = checkpoints.restore(start, state)
     assert_same_bits(adapter, expected)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     counts = [int(x) for x in jax.tree.leaves(restored) if x.ndim == 0]
     assert counts == [10, 10]  # Adam's clock and the schedule's
     moments = [x for x in jax.tree.leaves(restored, is_leaf=is_adam) if is_adam(x)]
     assert len(moments) == 1
+
+
+def test_a_checkpoint_of_another_model_is_refused(base, uninterrupted):
+    """Orbax would hand out whatever shapes it finds."""
+    folder, _ = uninterrupted
+    narrow = dataclasses.replace(PROGRAM, lora=dataclasses.replace(PROGRAM.lora, rank=2))
+    with pytest.raises(
+        InputError,
+        match=r'checkpoints/10: this checkpoint is of another model or adapter; '
+        r'layers/attention/o/lora_a is float32\[.*, 4\] there and float32\[.*, 2\] in this run',
+    ):
+        train(base, narrow, draw_examples(), settings(steps=12), seed=0, workdir=folder)
+    fewer = dataclasses.replace(PROGRAM, lora=dataclasses.replace(PROGRAM.lora, targets=('q',)))
+    with pytest.raises(
+        InputError, match=r'o/lora_a is float32\[.*\] there and missing in this run'
+    ):
+        train(base, fewer, draw_examples(), settings(steps=12), seed=0, workdir=folder)
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module, 'FORMAT', 2)
+        run(base, tmp_path, steps=2)
+    with pytest.raises(InputError, match=r'/2: this checkpoint has format 2; this version reads 1'):
+        run(base, tmp_path)
 
 
 def test_an_interrupted_checkpoint_is_passed_over(base, uninterrupted, tmp_path):

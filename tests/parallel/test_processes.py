@@ -126,6 +126,25 @@ def test_a_run_continues_with_another_number_of_processes(launch, finish, config
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-5)
 
 
+def test_a_full_disk_ends_all_and_the_run_goes_on_with_room(launch, finish, config_file, tmp_path):
+    """No file may grow beyond 64 kB: a checkpoint of this wide adapter does, a log does not."""
+    workdir, reference = tmp_path / 'full', tmp_path / 'reference'
+    wide = ("--config.stages=('data','finetune')", '--config.lora.rank=64')
+    whole = {folder: command(config_file, folder, *wide) for folder in (workdir, reference)}
+    first = [*whole[workdir], '--config.finetune.steps=2']
+    limited = (
+        'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (2**16,) * 2); '
+        'import runpy; runpy.run_module("palr_jax.main", run_name="__main__", alter_sys=True)'
+    )
+    for arguments in (whole[reference], first):
+        assert {e.status for e in finish(launch(arguments, 2, devices=2), 300)} == {0}
+    ended = finish(launch(['-c', limited, *whole[workdir][2:]], 2, devices=2), 300)
+    assert 0 not in {e.status for e in ended}
+    assert any('step 2 is the last good one; make room' in e.output for e in ended)
+    assert {e.status for e in finish(launch(whole[workdir], 2, devices=2), 300)} == {0}
+    assert losses(workdir) == losses(reference)
+
+
 def test_a_process_with_another_config_is_named(launch, finish, config_file, tmp_path):
     group = [
         *launch(command(config_file, tmp_path / 'w'), 2, only=(0,), devices=2),
