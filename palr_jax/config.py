@@ -60,7 +60,8 @@ def default_config() -> ConfigDict:
 
     config.retrieval = ConfigDict()
     # What scores the catalogue, of: sequence (SASRec or HSTU), covisitation, profile (texts as the
-    # base model reads them). Several are mixed with weights from half of the validation users.
+    # base model reads them). Several are mixed. Half of the validation users
+    # serve their weights and early stopping.
     config.retrieval.systems = ('sequence',)
     config.retrieval.covisitation_width = 512  # factors of the co-visitation matrix
     # Share of the keywords in a user's vector beside the latest items (profile), 0 to 1, and the
@@ -171,7 +172,7 @@ def default_config() -> ConfigDict:
 
     config.ranking = ConfigDict()
     config.ranking.users = 0  # seeded sample of test users; 0 is all
-    config.ranking.valid_users = 200  # seeded sample for the fusion weight; 0 is all
+    config.ranking.valid_users = 200  # seeded, for the fusion weight, from the other half; 0 is all
     config.ranking.candidates = 50  # ranked for each user, at most retrieval.candidates
     config.ranking.mode = 'title'  # title
     config.ranking.normalize = 'token'  # sum | token | byte

@@ -6,7 +6,7 @@ import numpy as np
 from absl import logging
 
 from palr_jax.finetune.input import Tokens, encode_example
-from palr_jax.project import Project, order_seed, read_candidates, sample_users
+from palr_jax.project import Project, order_seed, ranked_users, read_candidates
 from palr_jax.prompts.tasks import Example, affinity, make_examples
 from palr_jax.ranking.score import Query
 from palr_jax.ranking.users import make_query
@@ -48,8 +48,7 @@ def make_queries(project: Project, part: str) -> tuple[np.ndarray, np.ndarray, l
     """(users [U'], their candidates [U', C], their prompts) for a seeded sample of a split part."""
     config = project.config
     found = read_candidates(project, part)
-    number = config.ranking.users if part == 'test' else config.ranking.valid_users
-    users = sample_users(found.users, number, config.seed)
+    users = ranked_users(project, part)
     rows = np.searchsorted(found.users, users)
     items = found.items[rows, : config.ranking.candidates]
     histories = [project.dataset.split.history(user, part) for user in users]

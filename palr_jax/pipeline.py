@@ -36,7 +36,6 @@ from palr_jax.project import (
     lora_spec,
     read_candidates,
     retriever_scores,
-    sample_users,
 )
 from palr_jax.prompts.tasks import split_users
 from palr_jax.ranking.fuse import choose_weight
@@ -130,11 +129,13 @@ def retrieve_candidates(project: Project) -> None:
     split, catalogue = dataset.split, dataset.catalogue
     folder = project.workdir / 'retrieval'
     seed, exclude = project.config.seed, config.exclude_history
+    tuning, _ = data.validation_halves(split, seed)
+    seen = split.validating(tuning)
     fitted = retrieval.fit_systems(
-        retrieval.Material(split, catalogue, config, seed, folder, project.texts)
+        retrieval.Material(seen, catalogue, config, seed, folder, project.texts)
     )
-    mixed = retrieval.mix_systems(fitted, split, exclude, seed, folder)
-    some = [split.history(user, 'valid') for user in sample_users(split.users('valid'), 256, seed)]
+    mixed = retrieval.mix_systems(fitted, seen, exclude, folder)
+    some = [split.history(user, 'valid') for user in tuning[:256]]
     index = retrieval.build_index(
         mixed.item_vectors, config.index, queries=mixed.user_vectors(some) if some else None
     )

@@ -44,6 +44,18 @@ def order_seed(config: ConfigDict, user: int) -> list[int]:
     return [config.seed, 5, int(user)]
 
 
+def ranked_users(project: 'Project', part: str) -> np.ndarray:
+    """The users of a split part whose candidates the LLM ranks, ascending; a seeded sample.
+
+    Of the validation users, those on whom no setting of the retriever was chosen.
+    """
+    config, split = project.config, project.dataset.split
+    if part == 'test':
+        return sample_users(split.users(part), config.ranking.users, config.seed)
+    _, free = data.validation_halves(split, config.seed)
+    return np.sort(free[: config.ranking.valid_users or None])
+
+
 def sample_users(users: np.ndarray, number: int, seed: int) -> np.ndarray:
     """`number` of the users (0 is all), ascending, chosen by the seed."""
     if number == 0 or number >= len(users):

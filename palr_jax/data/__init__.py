@@ -6,7 +6,7 @@
 from palr_jax.data.fetch import fetch_download, fetch_wheel, resolve
 from palr_jax.data.interactions import Catalogue, Interactions, Source
 from palr_jax.data.load import Dataset, load, read, save
-from palr_jax.data.splits import Split, leave_one_out, make_split, temporal
+from palr_jax.data.splits import Split, leave_one_out, make_split, temporal, validation_halves
 from palr_jax.data.summary import counts_table
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     'resolve',
     'save',
     'temporal',
+    'validation_halves',
 ]

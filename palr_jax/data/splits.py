@@ -11,7 +11,7 @@ have a test target but no validation target, or no training event at all.
   happened at or after a cut, to whomever, is in what a model learns from or reads before it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -71,6 +71,21 @@ class Split:
         lengths = np.diff(self.offsets)
         position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
         return position < np.repeat(self.train_end, lengths)
+
+    def without(self, users: np.ndarray) -> 'Split':
+        """The same, but these users train nothing and have no targets."""
+        gone = np.isin(np.arange(len(self.train_end)), users)
+        return replace(
+            self,
+            train_end=np.where(gone, 0, self.train_end),
+            valid_at=np.where(gone, -1, self.valid_at),
+            test_at=np.where(gone, -1, self.test_at),
+        )
+
+    def validating(self, users: np.ndarray) -> 'Split':
+        """The same, but no others than these users have validation targets."""
+        kept = np.isin(np.arange(len(self.train_end)), users)
+        return replace(self, valid_at=np.where(kept, self.valid_at, -1))
 
     def _at(self, part: Part) -> np.ndarray:
         if part not in ('valid', 'test'):
@@ -167,6 +182,19 @@ def make_split(
                 'shares that leave some of each.'
             )
     return split
+
+
+def validation_halves(split: Split, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The users with a validation target in two seeded halves, each in a seeded order.
+
+    The settings of the retrievers are chosen on the first, which has the odd one, and how the LLM
+    is fused with them on the second: what looks good on users whom the retrievers were fitted to
+    would be trusted too much.
+    """
+    users = split.users('valid')
+    order = np.random.default_rng([seed, 6]).permutation(users)
+    half = -(-len(users) // 2)
+    return order[:half], order[half:]
 
 
 def _offsets(interactions: Interactions) -> np.ndarray:

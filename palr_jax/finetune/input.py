@@ -81,7 +81,7 @@ def example_prompt(
     example: Example, encoder: Encoder, profile: Sequence[str], length: int
 ) -> tuple[Prompt, np.ndarray]:
     """(the prompt, the answer's tokens); see `encode_example`."""
-    answer = encoder.answer(example.targets)
+    answer = encoder.answer(example.targets, example.candidates)
     prompt = encoder.prompt(
         example.task,
         example.history,

@@ -1,5 +1,6 @@
 """How much work a training step is, and how a model lies in memory: what the log tells of a run."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,13 +11,47 @@ from etils import epath
 from jax.sharding import Mesh
 
 from palr_jax.finetune.input import Rows
+from palr_jax.finetune.lists import Lists
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import TARGETS, LoraSpec, projection_shape
 from palr_jax.parallel.devices import peak_flops
 
 
-def model_flops(config: LlamaConfig, lora: LoraSpec | None, rows: Rows) -> float:
-    """FLOPs that one step on `rows` needs, whatever is computed beyond that.
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a batch asks of the model, padding left out.
+
+    Attributes:
+      tokens: read.
+      scored: hidden states that go through the output projection.
+      pairs: of a token and one that it attends to, itself among them.
+    """
+
+    tokens: int
+    scored: int
+    pairs: int
+
+    @classmethod
+    def of(cls, batch: Rows | Lists) -> 'Work':
+        """Counts a batch, of NumPy arrays."""
+        if isinstance(batch, Rows):
+            lengths = np.concatenate([np.bincount(row)[1:] for row in batch.segments])
+            tokens = np.count_nonzero(batch.segments)
+            pairs = np.sum(lengths * (lengths + 1) // 2)
+            return cls(int(tokens), int(np.count_nonzero(batch.weights)), int(pairs))
+        real = batch.weights > 0
+        prompts = np.count_nonzero(batch.batch.prompt[real], axis=1)
+        # A candidate's token attends to the prompt and to its own answer up to itself: as many
+        # as its position says, and itself.
+        positions = batch.batch.positions[real, batch.batch.prompt.shape[1] :]
+        rows = batch.batch.rows[real].reshape(len(prompts), -1) > 0
+        pairs = np.sum(prompts * (prompts + 1) // 2) + np.sum((positions + 1)[rows])
+        tokens = prompts.sum() + rows.sum()
+        return cls(int(tokens), int(rows.sum() + len(prompts)), int(pairs))
+
+
+def model_flops(config: LlamaConfig, lora: LoraSpec | None, work: Work) -> float:
+    """FLOPs that one step needs, whatever is computed beyond that.
 
     A multiplication and an addition are two. Padding, masked pairs of tokens and what the backward
     pass computes again do not count (Chowdhery et al., 2022, appendix B). The backward pass needs
@@ -26,30 +61,27 @@ def model_flops(config: LlamaConfig, lora: LoraSpec | None, rows: Rows) -> float
     Args:
       config: the architecture.
       lora: the adapter's shape; None where all weights are trained.
-      rows: packed rows, as NumPy arrays.
+      work: of the batch.
     """
-    segments = np.asarray(rows.segments)
-    tokens = np.count_nonzero(segments)
-    scored = np.count_nonzero(rows.weights)
-    lengths = np.concatenate([np.bincount(row)[1:] for row in segments])
-    pairs = float(np.sum(lengths * (lengths + 1) / 2))
     kernels = sum(math.prod(projection_shape(config, name)) for name in TARGETS)
-    base = 2 * tokens * config.layers * kernels + 2 * scored * config.width * config.vocab_size
-    attention = 4 * pairs * config.layers * config.heads * config.head_dim
+    base = 2 * work.tokens * config.layers * kernels
+    base += 2 * work.scored * config.width * config.vocab_size
+    attention = 4 * work.pairs * config.layers * config.heads * config.head_dim
     if lora is None:
         return 3.0 * (base + attention)
     shapes = [projection_shape(config, name) for name in lora.targets]
-    adapter = 2 * tokens * config.layers * lora.rank * sum(a + b for a, b in shapes)
+    adapter = 2 * work.tokens * config.layers * lora.rank * sum(a + b for a, b in shapes)
     return 2.0 * (base + attention) + 3.0 * adapter
 
 
-def utilisation(program, rows: Rows, seconds: float, mesh: Mesh | None) -> float:
+def utilisation(program, batch: Rows | Lists, seconds: float, mesh: Mesh | None) -> float:
     """Share of the devices' peak that the model's own FLOPs are; NaN where no peak is known."""
     devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
     peak = peak_flops(devices[0].device_kind)
     if peak is None:
         return math.nan
-    return model_flops(program.model, program.lora, rows) / seconds / (peak * len(devices))
+    flops = model_flops(program.model, program.lora, Work.of(batch))
+    return flops / seconds / (peak * len(devices))
 
 
 class Trace:

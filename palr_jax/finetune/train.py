@@ -1,5 +1,8 @@
 """The fine-tuning loop: one jitted step, Orbax checkpoints, resume.
 
+The objective is the likelihood of written answers (`sft`, the paper's) or the choice from a list
+(`listwise`, `both`; see `lists.py`).
+
 A checkpoint holds the adapter, the optimiser's state and, as its step number, the position in the
 input. The base is never written: it is read again from where it came from.
 """
@@ -10,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +26,17 @@ from palr_jax.errors import InputError
 from palr_jax.finetune import input as finetune_input
 from palr_jax.finetune.checkpoints import Checkpoints
 from palr_jax.finetune.input import Rows, Tokens
+from palr_jax.finetune.lists import (
+    MAX_SHAPES,
+    ROW_LENGTH,
+    Choice,
+    ListBatches,
+    Lists,
+    list_losses,
+)
+from palr_jax.finetune.lists import lay_out as lay_out_lists
 from palr_jax.finetune.optimizer import learning_rate, make_optimizer, update
-from palr_jax.finetune.throughput import Trace, log_overview, utilisation
+from palr_jax.finetune.throughput import Trace, Work, log_overview, utilisation
 from palr_jax.llama import lora
 from palr_jax.llama.attention import Causal
 from palr_jax.llama.config import LlamaConfig
@@ -40,8 +53,10 @@ from palr_jax.parallel.mesh import (
     using,
 )
 from palr_jax.progress import Progress
+from palr_jax.ranking.score import plan_batches
 
 Params = Any
+Batch = Rows | Lists
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +69,7 @@ class Program:
       dtype: of the frozen base and of the activations.
       remat: what the backward pass keeps of a layer, a name of `llama.model.REMAT`.
       parts: a batch is run in so many parts, whose gradients are summed.
+      objective: 'sft', which learns from `Rows`; 'listwise' or 'both', which learn from `Lists`.
     """
 
     model: LlamaConfig
@@ -61,6 +77,7 @@ class Program:
     dtype: Any
     remat: str = 'projections'
     parts: int = 1
+    objective: str = 'sft'
 
 
 def answer_log_likelihood(
@@ -83,34 +100,35 @@ def answer_log_likelihood(
     return log_likelihood(constrain(before, ROW_AXES), rows.targets, head)
 
 
-def loss(
+def summed_loss(
     adapter: Params,
     frozen: Params,
-    rows: Rows,
+    batch: Batch,
     program: Program,
     key: jax.Array | None = None,
-    answers: jax.Array | None = None,
 ) -> jax.Array:
-    """Mean negative log-likelihood of the batch's answer tokens, in nats; 0 if there are none.
-
-    `answers` is their number, where `rows` are a part of the batch.
-    """
-    values = answer_log_likelihood(lora.join(adapter, frozen), rows, program, key)
-    answers = jnp.sum(rows.weights) if answers is None else answers
-    return -jnp.sum(values * rows.weights) / jnp.maximum(answers, 1.0)
+    """Sum over the batch's answer tokens, or over its lists, in nats."""
+    params = lora.join(adapter, frozen)
+    if program.objective == 'sft':
+        values = -answer_log_likelihood(params, batch, program, key)
+    else:
+        values = list_losses(params, batch, program, key)
+    return jnp.sum(values * batch.weights)
 
 
 def loss_and_gradient(
-    adapter: Params, frozen: Params, rows: Rows, program: Program, key: jax.Array | None = None
+    adapter: Params, frozen: Params, batch: Batch, program: Program, key: jax.Array | None = None
 ) -> tuple[jax.Array, Params]:
-    """The loss of the batch and its gradient in the adapter, summed over `program.parts`.
+    """The mean loss of the batch and its gradient in the adapter; 0 if nothing has a weight.
 
-    Each part is weighed by its share of the answer tokens, so the sum is that of the whole batch.
+    Both are summed over `program.parts` and divided at the end: it is the mean of the whole batch,
+    however its answer tokens are spread over the parts.
     """
-    value_and_grad = jax.value_and_grad(loss)
+    value_and_grad = jax.value_and_grad(summed_loss)
+    total = jnp.maximum(jnp.sum(batch.weights), 1.0)
     if program.parts == 1:
-        return value_and_grad(adapter, frozen, rows, program, key)
-    answers = jnp.sum(rows.weights)
+        found = value_and_grad(adapter, frozen, batch, program, key)
+        return jax.tree.map(lambda x: x / total, found)
 
     def split(array):
         """[B, …] -> [parts, B / parts, …], of every device's rows the same share: none moves."""
@@ -120,19 +138,21 @@ def loss_and_gradient(
     def add(sums, inputs):
         number, part = inputs
         part_key = None if key is None else jax.random.fold_in(key, number)
-        found = value_and_grad(adapter, frozen, part, program, part_key, answers)
-        return jax.tree.map(jnp.add, sums, found), None
+        return jax.tree.map(
+            jnp.add, sums, value_and_grad(adapter, frozen, part, program, part_key)
+        ), None
 
     nothing = jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter)
-    numbered = jnp.arange(program.parts), jax.tree.map(split, rows)
-    return jax.lax.scan(add, nothing, numbered)[0]
+    numbered = jnp.arange(program.parts), jax.tree.map(split, batch)
+    sums, _ = jax.lax.scan(add, nothing, numbered)
+    return jax.tree.map(lambda x: x / total, sums)
 
 
 def train_step(
     adapter: Params,
     state: optax.OptState,
     frozen: Params,
-    rows: Rows,
+    batch: Batch,
     key: jax.Array | None = None,
     *,
     program: Program,
@@ -143,7 +163,7 @@ def train_step(
     `key` is for the dropout; without one there is none. In full fine-tuning `adapter` is the whole
     tree, and `frozen` is empty.
     """
-    value, gradient = loss_and_gradient(adapter, frozen, rows, program, key)
+    value, gradient = loss_and_gradient(adapter, frozen, batch, program, key)
     adapter, state = update(optimizer, gradient, state, adapter, frozen)
     return adapter, state, {'loss': value, 'gradient_norm': optax.tree.norm(gradient)}
 
@@ -163,7 +183,7 @@ def make_step(
 def train(
     frozen: Params,
     program: Program,
-    examples: Sequence[Tokens],
+    examples: Sequence[Tokens] | Sequence[Choice],
     config,
     *,
     seed: int,
@@ -175,7 +195,7 @@ def train(
     Args:
       frozen: the base parameters, on `mesh` if there is one. Full fine-tuning takes their memory.
       program: what to compile for.
-      examples: the encoded examples.
+      examples: the encoded examples; lists where the objective is one of lists.
       config: `config.finetune`.
       seed: of the adapter's start, of the order of the examples and of the dropout.
       workdir: checkpoints go to `finetune/checkpoints` in it, the curves to `metrics.jsonl`.
@@ -188,10 +208,7 @@ def train(
       InputError: loss or gradient are not finite, or a longer run than was asked for lies there.
     """
     check_rows('finetune.batch_size', config.batch_size, mesh, program.parts)
-    rows = finetune_input.PackedRows(
-        examples, config.length, config.steps * config.batch_size, seed
-    )
-    source = finetune_input.batches(rows, config.batch_size)
+    source = make_source(examples, program, config, seed)
     full = program.lora is None
     optimizer = make_optimizer(config, full)
     if full:
@@ -245,7 +262,7 @@ def train(
                     'finetune',
                     **metrics,
                     learning_rate=float(schedule(step)),
-                    tokens_per_second=float(np.sum(batch.segments > 0)) / seconds,
+                    tokens_per_second=Work.of(batch).tokens / seconds,
                     model_flops_utilisation=utilisation(program, batch, seconds, mesh),
                 )
                 last = step + 1 == config.steps
@@ -253,6 +270,23 @@ def train(
                 progress.update(note=f'loss {metrics["loss"]:.3f}')
         checkpoints.wait()
     return adapter
+
+
+def make_source(
+    examples: Sequence[Tokens] | Sequence[Choice], program: Program, config, seed: int
+) -> grain.MapDataset:
+    """Step -> the batch of that step, from what the objective learns from.
+
+    Raises:
+      InputError: there is no example, or one is too long.
+    """
+    if program.objective == 'sft':
+        number = config.steps * config.batch_size
+        rows = finetune_input.PackedRows(examples, config.length, number, seed)
+        return finetune_input.batches(rows, config.batch_size)
+    positions = program.model.max_positions
+    lists = ListBatches(examples, config.batch_size, config.steps, seed, positions)
+    return grain.MapDataset.source(lists)
 
 
 def init_state(
@@ -302,5 +336,23 @@ def answer_losses(
             values = np.asarray(score(params, shard_rows(rows, mesh))) * rows.weights
             mean = -np.sum(values, axis=1) / np.sum(rows.weights, axis=1)
             losses[start : start + size] = mean[: len(members)]
+            progress.update(len(members))
+    return losses
+
+
+def choice_losses(
+    params: Params, program: Program, choices: Sequence[Choice], mesh: Mesh | None = None
+) -> np.ndarray:
+    """[lists] the loss of each list, in nats; no value depends on what else is measured."""
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    score = jax.jit(functools.partial(list_losses, program=program), out_shardings=whole)
+    size = 1 if mesh is None else row_shards(mesh)
+    losses = np.empty(len(choices), np.float32)
+    queries = [choice.query for choice in choices]
+    plan = plan_batches(queries, size, ROW_LENGTH, MAX_SHAPES, program.model.max_positions)
+    with using(mesh), Progress('held-out loss', len(choices), 'lists') as progress:
+        for members, shape in plan:
+            lists = lay_out_lists([choices[i] for i in members], shape)
+            losses[members] = np.asarray(score(params, shard_rows(lists, mesh)))[: len(members)]
             progress.update(len(members))
     return losses

@@ -8,6 +8,8 @@ no item's text is the beginning of another's, so `Alien` has no head start over 
 
 An item is shown by its title, or by its raw id and title, which tells items of one title apart;
 answers have a form of their own, as the tokens of an id would outweigh those of a title in a score.
+Or candidates are numbered, and an answer is a number and the full stop after it, which tells 1 from
+the beginning of 12.
 
 When a prompt is longer than allowed, the oldest history goes first. The wording, the profile, the
 candidates and the answer are never cut.
@@ -24,7 +26,7 @@ import numpy as np
 from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
 from palr_jax.llama.tokenizer import Tokenizer
-from palr_jax.prompts.template import PROFILE, STYLES, Template
+from palr_jax.prompts.template import INDEX, PROFILE, STYLES, Template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Encoder:
           style: one of STYLES.
           max_length: the most tokens of a prompt.
           item: how prompts show an item: 'title' or 'id_title'.
-          answer: how answers do.
+          answer: how answers do, or 'index': by its number in the candidate list.
 
         Raises:
           InputError: there is no such style, or the tokenizer lacks the control tokens of it.
@@ -94,7 +96,8 @@ class Encoder:
         self.eos = _frozen([tokenizer.eos_id])
         self._template = template
         self._style = STYLES[style]
-        self._forms = {'item': item, 'reply': answer}
+        self.numbered = answer == 'index'
+        self._forms = {'item': item, 'reply': item if self.numbered else answer}
         # Caches of this encoder alone: a cache on the class would keep every encoder alive.
         self._literal = functools.cache(self._encode_literal)
         self._frame = functools.cache(self._encode_frame)
@@ -128,6 +131,10 @@ class Encoder:
             'profile': [self._literal(_one_line(', '.join(profile)))] if profile else [],
             'candidates': [self.item(i) for i in candidates],
         }
+        if candidates and self.numbered:
+            task = INDEX
+            numbered = enumerate(candidates, start=1)
+            fill['candidates'] = [self._literal(f'{n}. {self.item_text(i)}') for n, i in numbered]
         frame = self._frame(task, frozenset(slot for slot, pieces in fill.items() if pieces))
         fixed = sum(map(len, frame.wording))
         fixed += self._size(fill['profile']) + self._size(fill['candidates'])
@@ -157,9 +164,22 @@ class Encoder:
             at = end + len(wording)
         return Prompt(np.concatenate(tokens), spans, cut)
 
-    def answer(self, items: Sequence[int]) -> np.ndarray:
-        """[A] int32: the items, one a line, and the end-of-answer token."""
-        return np.concatenate([*self._lines([self.reply(i) for i in items]), self.eos])
+    def answer(self, items: Sequence[int], listed: Sequence[int] = ()) -> np.ndarray:
+        """[A] int32: the items, one a line, and the end-of-answer token; see `replies`."""
+        return np.concatenate([*self._lines(self.replies(items, listed)), self.eos])
+
+    def replies(self, items: Sequence[int], listed: Sequence[int] = ()) -> list[np.ndarray]:
+        """[n] int32 tokens of each item in an answer, read-only.
+
+        Args:
+          items: item ids.
+          listed: the candidates of the prompt in the order shown; where they are numbered, the
+            items are among them.
+        """
+        if not self.numbered:
+            return [self.reply(int(item)) for item in items]
+        numbers = {item: number for number, item in enumerate(listed, start=1)}
+        return [self._literal(f'{numbers[item]}.') for item in items]
 
     def item(self, item: int) -> np.ndarray:
         """[n] int32 tokens of an item in a prompt, read-only; n is at least 1."""
@@ -170,7 +190,7 @@ class Encoder:
         return self._text(item, self._forms['item'])
 
     def reply(self, item: int) -> np.ndarray:
-        """[n] int32 tokens of an item in an answer, read-only; n is at least 1."""
+        """[n] int32 tokens of an item that an answer names, read-only; n is at least 1."""
         return self._tokens(item, self._forms['reply'])
 
     def reply_text(self, item: int) -> str:

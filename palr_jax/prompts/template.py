@@ -16,6 +16,7 @@ from etils import epath
 from palr_jax.errors import InputError
 
 TASKS = ('recommend', 'recommend_retrieval')
+INDEX = 'recommend_index'  # recommend_retrieval, answered with the numbers of candidates
 PROFILE = 'profile'  # asks the LLM for the profile; its only slot is {history}
 SLOTS = ('history', 'profile', 'candidates')
 FOLDER = epath.Path(__file__).parent / 'templates'
@@ -60,9 +61,13 @@ class Template:
             template does not ask for profiles.
         """
         if task not in self.paragraphs:
+            instead = {
+                PROFILE: "prompts.profile to 'counts' or 'none'",
+                INDEX: "prompts.answer to 'title'",
+            }
             raise InputError(
                 f'prompts.template is {self.name!r}, which has no {task}.txt; write one, or set '
-                "prompts.profile to 'counts' or 'none'."
+                f'{instead[task]}.'
             )
         paragraphs = self.paragraphs[task]
         slots = {part.text for paragraph in paragraphs for part in paragraph if part.is_slot}
@@ -81,7 +86,8 @@ class Template:
 def load_template(name: str) -> Template:
     """Reads a template folder: a name under palr_jax/prompts/templates, or a path.
 
-    profile.txt may be missing: it is needed where the LLM makes the profiles.
+    Two files may be missing: profile.txt is needed where the LLM makes the profiles, and
+    recommend_index.txt where candidates are numbered.
 
     Raises:
       InputError: the folder or a file is missing, or a file is empty, is not UTF-8, or has a slot
@@ -91,10 +97,10 @@ def load_template(name: str) -> Template:
     if not folder.is_dir():
         folder = epath.Path(name)
     paragraphs = {}
-    for task in (*TASKS, PROFILE):
+    for task in (*TASKS, INDEX, PROFILE):
         path = folder / f'{task}.txt'
         if not path.exists():
-            if task == PROFILE:
+            if task not in TASKS:
                 continue
             known = ', '.join(sorted(p.name for p in FOLDER.iterdir()))
             raise InputError(

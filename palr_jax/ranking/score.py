@@ -92,14 +92,30 @@ class Batch:
 
 
 def one_pass_scores(
-    params: Any, batch: Batch, *, config: LlamaConfig, lora: LoraSpec | None, dtype: Any
+    params: Any,
+    batch: Batch,
+    *,
+    config: LlamaConfig,
+    lora: LoraSpec | None,
+    dtype: Any,
+    remat: str = 'projections',
+    key: jax.Array | None = None,
 ) -> jax.Array:
-    """[B, C] float32 sums of the answer tokens' log-probabilities. Differentiable in `params`."""
+    """[B, C] float32 sums of the answer tokens' log-probabilities. Differentiable in `params`.
+
+    In training `remat` says what is kept of a layer for the backward pass, and with a `key` the
+    adapter's inputs have dropout.
+    """
     L = batch.prompt.shape[1]
     C = batch.first.shape[1]
-    model = Llama(config, lora, dtype)
-    attention = OnePass(batch.prompt, batch.rows)
-    hidden = model.apply({'params': params}, batch.tokens, batch.positions, attention)
+    model = Llama(config, lora, dtype, remat)
+    hidden = model.apply(
+        {'params': params},
+        batch.tokens,
+        batch.positions,
+        OnePass(batch.prompt, batch.rows),
+        rngs=None if key is None else {'dropout': key},
+    )
     head = output_head(params)
 
     last = jnp.sum(batch.prompt, axis=1) - 1
@@ -188,6 +204,28 @@ def plan_batches(
     Returns:
       (indices of the batch's queries, at most `batch_size`; its shape) of every batch.
     """
+    return [
+        (members[start : start + batch_size], shape)
+        for members, shape in plan_groups(
+            queries, batch_size, row_length, max_shapes, max_positions
+        )
+        for start in range(0, len(members), batch_size)
+    ]
+
+
+def plan_groups(
+    queries: Sequence[Query],
+    batch_size: int,
+    row_length: int,
+    max_shapes: int,
+    max_positions: int,
+) -> list[tuple[np.ndarray, Shape]]:
+    """(indices of the queries, their shape) of at most `max_shapes` groups.
+
+    Raises:
+      InputError: a query has no prompt, no candidate, an empty one, or more tokens than
+        `max_positions`.
+    """
     if not queries:
         return []
     lengths = np.empty(len(queries), np.int64)
@@ -201,7 +239,7 @@ def plan_batches(
         rows[i] = max(1, len(pack([len(answer) - 1 for answer in answers], row_length)))
     candidates = max(len(query.candidates) for query in queries)
 
-    batches = []
+    groups = []
     for members in choose_groups(lengths, rows * row_length, max_shapes, batch_size):
         shape = Shape(
             batch_size,
@@ -210,9 +248,8 @@ def plan_batches(
             row_length,
             candidates,
         )
-        for start in range(0, len(members), batch_size):
-            batches.append((members[start : start + batch_size], shape))
-    return batches
+        groups.append((members, shape))
+    return groups
 
 
 def choose_groups(

@@ -94,9 +94,8 @@ def make_query(
       items: [C] candidates, in the order that the scores shall have.
       seed: of the order in which the prompt shows the candidates.
     """
-    prompt, _ = ranking_prompt(encoder, config, history, profile, items, seed)
-    answers = tuple(encoder.reply(int(item)) for item in items)
-    return Query(prompt.tokens, answers), prompt.history_cut
+    prompt, listed = ranking_prompt(encoder, config, history, profile, items, seed)
+    return Query(prompt.tokens, tuple(encoder.replies(items.tolist(), listed))), prompt.history_cut
 
 
 def ranking_prompt(

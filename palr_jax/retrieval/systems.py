@@ -105,13 +105,9 @@ def fit_systems(material: Material) -> dict[str, Retriever]:
 
 
 def mix_systems(
-    fitted: Mapping[str, Retriever],
-    split: Split,
-    exclude: bool,
-    seed: int,
-    folder: epath.PathLike,
+    fitted: Mapping[str, Retriever], split: Split, exclude: bool, folder: epath.PathLike
 ) -> mix.Mix:
-    """The fitted retrievers as one, weighed on a seeded half of the validation users; saved.
+    """The fitted retrievers as one, weighed on the validation users of `split`; saved.
 
     One retriever has no weights to choose. Nor have several where nobody validates: they count
     alike.
@@ -119,8 +115,7 @@ def mix_systems(
     weights = (1.0,) * len(fitted)
     users = split.users('valid')
     if len(fitted) > 1 and len(users):
-        half = np.random.default_rng([seed, 6]).permutation(users)[: -(-len(users) // 2)]
-        weights, _ = mix.choose_weights(list(fitted.values()), split, np.sort(half), exclude)
+        weights, _ = mix.choose_weights(list(fitted.values()), split, users, exclude)
     mix.save_weights(dict(zip(fitted, weights)), folder)
     return mix.Mix(tuple(fitted.values()), weights)
 

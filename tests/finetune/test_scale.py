@@ -180,13 +180,14 @@ def test_model_flops_by_hand():
             lay_out([Tokens(np.arange(4), 3)], 6, 2),
         ]
     )
+    work = throughput.Work.of(rows)
     kernels = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 8  # q, k and v, o, and the MLP
     pairs = 6 + 3 + 10
     forward = 2 * 9 * kernels + 2 * 3 * 4 * 10 + 4 * pairs * 2 * 2
-    assert throughput.model_flops(model, None, rows) == 3 * forward
+    assert throughput.model_flops(model, None, work) == 3 * forward
     adapter = 2 * 9 * 2 * ((4 + 4) + (8 + 4))
     spec = LoraSpec(2, 4.0, ('q', 'down'))
-    assert throughput.model_flops(model, spec, rows) == 2 * forward + 3 * adapter
+    assert throughput.model_flops(model, spec, work) == 2 * forward + 3 * adapter
 
 
 def test_a_run_logs_its_parameters_speed_and_a_profile(base, tmp_path, caplog):

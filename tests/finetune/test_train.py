@@ -18,7 +18,7 @@ from palr_jax.finetune import checkpoints as checkpoints_module
 from palr_jax.finetune.checkpoints import Checkpoints
 from palr_jax.finetune.input import Tokens, lay_out, stack
 from palr_jax.finetune.optimizer import make_optimizer
-from palr_jax.finetune.train import Program, answer_losses, loss, train
+from palr_jax.finetune.train import Program, answer_losses, loss_and_gradient, train
 from palr_jax.llama import lora
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import apply_logits
@@ -84,9 +84,9 @@ def run(base, workdir, examples=None, **fields):
 @pytest.fixture(scope='module')
 def mean_loss(base):
     """Rows -> the loss at the start."""
-    compiled = jax.jit(functools.partial(loss, program=PROGRAM))
+    compiled = jax.jit(functools.partial(loss_and_gradient, program=PROGRAM))
     adapter = lora.init_adapter(MODEL, PROGRAM.lora, seed=0)
-    return lambda rows: float(compiled(adapter, base, rows))
+    return lambda rows: float(compiled(adapter, base, rows)[0])
 
 
 @pytest.fixture(scope='module')

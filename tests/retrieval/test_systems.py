@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from palr_jax.data import Catalogue
+from palr_jax.data import Catalogue, validation_halves
 from palr_jax.errors import InputError
 from palr_jax.retrieval import Material, Texts, fit_popularity, fit_systems, load_mix, mix_systems
 from palr_jax.retrieval.cold import cold_item_vectors
@@ -45,7 +45,7 @@ def both(settings):
 
 def test_a_mix_is_read_back_as_it_was(chain, both, tmp_path):
     fitted = fit_systems(material(chain, both, tmp_path))
-    mixed = mix_systems(fitted, chain, True, 0, tmp_path)
+    mixed = mix_systems(fitted, chain, True, tmp_path)
     assert list(fitted) == ['sequence', 'covisitation']
     again = load_mix(tmp_path)
     assert again.weights == mixed.weights
@@ -54,20 +54,17 @@ def test_a_mix_is_read_back_as_it_was(chain, both, tmp_path):
     np.testing.assert_array_equal(again.item_vectors, mixed.item_vectors)
 
 
-def test_the_weights_come_from_half_of_the_validation_users(chain, both, tmp_path):
-    """The other half stays free for other choices."""
+def test_the_weights_come_from_the_users_that_the_split_leaves(chain, both, tmp_path):
     fitted = fit_systems(material(chain, both, tmp_path))
-    users = chain.users('valid')
-    half = np.sort(np.random.default_rng([0, 6]).permutation(users)[:75])
-    assert len(users) == 150
-    expected, _ = choose_weights(list(fitted.values()), chain, half, True)
-    assert mix_systems(fitted, chain, True, 0, tmp_path).weights == expected
+    half, _ = validation_halves(chain, 0)
+    expected, _ = choose_weights(list(fitted.values()), chain, np.sort(half), True)
+    assert mix_systems(fitted, chain.validating(half), True, tmp_path).weights == expected
 
 
 def test_one_retriever_is_itself(chain, settings, tmp_path):
     settings.epochs = 1
     fitted = fit_systems(material(chain, settings, tmp_path))
-    mixed = mix_systems(fitted, chain, True, 0, tmp_path)
+    mixed = mix_systems(fitted, chain, True, tmp_path)
     assert load_weights(tmp_path) == {'sequence': 1.0}
     assert mixed.item_vectors is fitted['sequence'].item_vectors
 
@@ -75,12 +72,12 @@ def test_one_retriever_is_itself(chain, settings, tmp_path):
 def test_nobody_to_validate_on(split_of, both, tmp_path):
     both.epochs = 1
     split = split_of([[1, 2], [2, 3], [4]])
-    mixed = mix_systems(fit_systems(material(split, both, tmp_path, 4)), split, True, 0, tmp_path)
+    mixed = mix_systems(fit_systems(material(split, both, tmp_path, 4)), split, True, tmp_path)
     assert mixed.weights == (1.0, 1.0)
 
 
 def test_a_missing_file_is_named(chain, both, tmp_path):
-    mix_systems(fit_systems(material(chain, both, tmp_path)), chain, True, 0, tmp_path)
+    mix_systems(fit_systems(material(chain, both, tmp_path)), chain, True, tmp_path)
     (tmp_path / 'covisitation.npz').unlink()
     with pytest.raises(InputError, match=r'covisitation\.npz'):
         load_mix(tmp_path)
@@ -93,7 +90,7 @@ def test_texts_are_asked_for_only_where_they_are_read(chain, both, tmp_path):
     both.systems = ('covisitation', 'profile')
     fitted = fit_systems(material(chain, both, tmp_path, texts=texts))
     assert asked
-    mixed = mix_systems(fitted, chain, True, 0, tmp_path)
+    mixed = mix_systems(fitted, chain, True, tmp_path)
     again, histories = load_mix(tmp_path, texts), [np.array([3, 4, 5])]
     np.testing.assert_array_equal(again.user_vectors(histories), mixed.user_vectors(histories))
     with pytest.raises(InputError, match=r'profile\.npz: these vectors are of the model abc'):

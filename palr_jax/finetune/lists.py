@@ -1,0 +1,191 @@
+"""Training to rank: lists of candidates, whose scores by the one-pass program are the logits.
+
+A list is what the ranking reads: a prompt with candidates, and the answer tokens of each. The loss
+is the softmax cross-entropy of the candidates that the user chose (Cao et al., 2007, ListNet's
+top-one probability), so a gradient step looks at all candidates of a list for the price of one pass
+over the prompt.
+
+Lists of similar length share one of a few compiled shapes, as in the ranking. The batch of a step
+is a pure function of the seed and the step.
+
+Axis letters: B batch (lists), C candidates, L prompt length, R rows, S row length.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from palr_jax.errors import InputError
+from palr_jax.prompts.encode import Encoder
+from palr_jax.prompts.tasks import Example
+from palr_jax.ranking.score import Batch, Query, Shape, make_batch, one_pass_scores, plan_groups
+
+ROW_LENGTH = 64  # tokens of a packed candidate row, at least
+MAX_SHAPES = 4  # compiled programs of a run
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A list and what was chosen of it.
+
+    Attributes:
+      query: the prompt and the answers of the candidates, in the order listed.
+      targets: [C] bool, the chosen candidates; at least one.
+    """
+
+    query: Query
+    targets: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """Useful tokens of the list: prompt and answer inputs."""
+        return len(self.query.prompt) + sum(len(answer) - 1 for answer in self.query.candidates)
+
+
+@flax.struct.dataclass
+class Lists:
+    """A batch of lists.
+
+    Attributes:
+      batch: for the one-pass program.
+      filled: [B, C] bool, False on padding.
+      targets: [B, C] float32, the shares of the chosen candidates, which sum to 1 in each row.
+      lengths: [B, C] float32, answer tokens; 1 on padding.
+      weights: [B] float32, 1 for a list, 0 for padding.
+    """
+
+    batch: Batch
+    filled: np.ndarray
+    targets: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray
+
+
+def encode_choice(
+    example: Example, encoder: Encoder, profile: Sequence[str], length: int
+) -> Choice:
+    """Encodes prompt and candidates; prompt and the longest answer keep to `length` tokens.
+
+    Args:
+      example: in item ids; it has candidates.
+      encoder: of the catalogue that the example is of; its own length limits the prompt too.
+      profile: keywords of `example.past`, empty for a prompt without them.
+      length: tokens allowed.
+
+    Raises:
+      InputError: the wording and the candidates alone are longer.
+    """
+    answers = tuple(encoder.replies(example.candidates, example.candidates))
+    longest = max(map(len, answers))
+    prompt = encoder.prompt(
+        example.task,
+        example.history,
+        profile,
+        example.candidates,
+        max_length=min(length - longest, encoder.max_length),
+    )
+    return Choice(Query(prompt.tokens, answers), np.isin(example.candidates, example.targets))
+
+
+class ListBatches:
+    """Random access to the batches of a run, for Grain: batch i is the same whoever asks."""
+
+    def __init__(
+        self,
+        choices: Sequence[Choice],
+        batch_size: int,
+        steps: int,
+        seed: int,
+        max_positions: int,
+    ):
+        """`steps` batches of `batch_size` lists; epochs follow one another.
+
+        In an epoch each list comes once, in an order of its own; the last batch of a shape is
+        filled up with lists of that shape from the epoch's start.
+
+        Raises:
+          InputError: there is no list, or one has more tokens than the model reads.
+        """
+        if not choices:
+            raise InputError(
+                'There is no list to learn from: tasks.users leaves no user, nobody has two '
+                'training items, or no later item of a user was retrieved.'
+            )
+        self._choices = choices
+        queries = [choice.query for choice in choices]
+        groups = plan_groups(queries, batch_size, ROW_LENGTH, MAX_SHAPES, max_positions)
+        self._plan: list[tuple[np.ndarray, Shape]] = []
+        epoch = 0
+        while len(self._plan) < steps:
+            rng = np.random.default_rng([seed, 3, epoch])
+            batches = []
+            for members, shape in groups:
+                order = rng.permutation(members)
+                full = np.resize(order, -(-len(order) // batch_size) * batch_size)
+                batches += [(part, shape) for part in full.reshape(-1, batch_size)]
+            self._plan += [batches[i] for i in rng.permutation(len(batches))]
+            epoch += 1
+        del self._plan[steps:]
+        computed = sum(batch_size * shape.tokens for _, shape in self._plan)
+        useful = sum(choices[i].tokens for members, _ in self._plan for i in members)
+        logging.info(
+            'finetune: %d batches of %d lists in %d shapes, %.0f %% of their tokens are padding',
+            steps,
+            batch_size,
+            len({shape for _, shape in self._plan}),
+            100 * (1 - useful / max(1, computed)),
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> Lists:
+        members, shape = self._plan[index]
+        return lay_out([self._choices[i] for i in members], shape)
+
+
+def lay_out(choices: Sequence[Choice], shape: Shape) -> Lists:
+    """One batch in `shape`; missing lists are padding."""
+    B, C = shape.users, shape.candidates
+    filled, targets = np.zeros((B, C), bool), np.zeros((B, C), np.float32)
+    lengths, weights = np.ones((B, C), np.float32), np.zeros(B, np.float32)
+    for b in range(B):
+        choice = choices[b] if b < len(choices) else choices[0]
+        count = len(choice.targets)
+        filled[b, :count] = True
+        targets[b, :count] = choice.targets / choice.targets.sum()
+        lengths[b, :count] = [len(answer) for answer in choice.query.candidates]
+        weights[b] = b < len(choices)
+    batch = make_batch([choice.query for choice in choices], shape)
+    return Lists(batch, filled, targets, lengths, weights)
+
+
+def list_losses(params: Any, lists: Lists, program, key: jax.Array | None = None) -> jax.Array:
+    """[B] the loss of each list, in nats.
+
+    `listwise`: the cross-entropy of the chosen candidates under the softmax of all scores, each
+    the log-likelihood of a candidate's answer. `both` adds the mean negative log-likelihood of a
+    token of the chosen answers, which `listwise` alone may give away: only differences count there.
+    """
+    scores = one_pass_scores(
+        params,
+        lists.batch,
+        config=program.model,
+        lora=program.lora,
+        dtype=program.dtype,
+        remat=program.remat,
+        key=key,
+    )
+    scores = jnp.where(lists.filled, scores, -jnp.inf)
+    shares = jnp.where(lists.filled, jax.nn.log_softmax(scores), 0.0)
+    losses = -jnp.sum(lists.targets * shares, axis=1)
+    if program.objective == 'both':
+        known = jnp.where(lists.filled, scores, 0.0)
+        losses -= jnp.sum(lists.targets * known / lists.lengths, axis=1)
+    return losses
