@@ -137,7 +137,7 @@ def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
     assert len(run(eos_id=NO_EOS)[0]) == 7
     jax.effects_barrier()
     assert passes == [16] + [1] * 6
-    generate_module._greedy.clear_cache()  # it holds what was counted
+    generate_module.make_generator.cache_clear()  # it holds what was counted
 
 
 def test_hidden_states_equal_those_of_one_causal_pass():
