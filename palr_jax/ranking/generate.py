@@ -61,7 +61,7 @@ def generate(
     generator = make_generator(config, lora, dtype, eos_id=eos_id, most=most)
     answers: list[np.ndarray] = [np.zeros(0, np.int32)] * len(prompts)
     with Progress('generate', len(prompts), 'prompts') as progress:
-        for indices, found in generate_batches(
+        for indices, found, _ in generate_batches(
             generator,
             params,
             prompts,
@@ -87,8 +87,8 @@ def generate_batches(
     batch_size: int,
     max_shapes: int,
     max_positions: int,
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Answers every prompt; yields (indices of the batch's prompts [n], their answers).
+) -> Iterator[tuple[np.ndarray, list[np.ndarray], int]]:
+    """Answers every prompt, a batch at a time.
 
     Prompts of similar length share a batch; a prompt's answer does not depend on its batch-mates.
 
@@ -101,6 +101,9 @@ def generate_batches(
       batch_size: prompts a program call.
       max_shapes: prompt lengths that are compiled, at most.
       max_positions: tokens that the model reads.
+
+    Yields:
+      (indices of the batch's prompts [n], their answers, tokens computed with padding).
 
     Raises:
       InputError: a prompt is empty, or too long with its answer; or a logit is not finite.
@@ -124,7 +127,8 @@ def generate_batches(
                 )
             ends = np.flatnonzero(answer == eos_id)
             answers.append(answer[: ends[0] + 1] if len(ends) else answer)
-        yield indices, answers
+        longest = max(map(len, answers))
+        yield indices, answers, batch_size * (length + longest - 1)
 
 
 def plan_prompts(
