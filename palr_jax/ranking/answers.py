@@ -24,7 +24,7 @@ from palr_jax.prompts.encode import Encoder
 
 LINES = 10  # of an answer; the prompt asks for so many
 INVALID = 0  # the item of an invalid line: the padding item, which is nobody's target
-_LIST_MARK = re.compile(r'(?:\d{1,3}[.)]|[-*•])\s*(?=")')
+_LIST_MARK = re.compile(r'^(?:\d{1,3}[.)]|[-*•])\s*(?=")')
 _STRAIGHT = str.maketrans(dict.fromkeys('“”„‟«»″＂', '"') | dict.fromkeys('‘’‚‛′`´＇', "'"))
 
 
@@ -127,7 +127,7 @@ def score_places(places: np.ndarray, filled: np.ndarray) -> np.ndarray:
 
 def _plain(line: str) -> str:
     """A line as it is compared: `"…"`, or anything else, which matches nothing."""
-    line = _LIST_MARK.sub('', ' '.join(line.translate(_STRAIGHT).split()), count=1)
+    line = _LIST_MARK.sub('', ' '.join(line.translate(_STRAIGHT).split()))
     if len(line) < 2 or line[0] != '"' or line[-1] != '"':
         return line
     inside = ' '.join(line[1:-1].replace('"', "'").split())

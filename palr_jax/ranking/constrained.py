@@ -19,6 +19,7 @@ A tokens of the longest, N tokens of an answer at most, D width, V vocabulary.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -304,7 +305,7 @@ def _titles(
     distinct, of_candidates = distinct_answers(query)
     titles = [(*answer, *line_break.tolist()) for answer in distinct]
     in_order = sorted(titles)
-    for title, following in zip(in_order, in_order[1:]):
+    for title, following in itertools.pairwise(in_order):
         if following[: len(title)] == title:
             raise InputError(
                 f'Query {number}: a candidate of {len(title) - len(line_break)} tokens, with the '

@@ -200,11 +200,28 @@ def answer_users(
     """
     identity = f'answer {most} {identity}'
     eos_id = int(encoder.eos[0])
+    index = index_replies(encoder)
+
+    def read(tokens, seconds, computed):
+        """What `tokens` [U', A] say so far."""
+        texts = [
+            encoder.tokenizer.decode(row[(row != BEHIND) & (row != eos_id)].tolist())
+            for row in tokens
+        ]
+        found = [read_answer(text, index, of) for text, of in zip(texts, histories)]
+        counts = {
+            name: np.array([getattr(answer, name) for answer in found], np.int32)
+            for name in ('lines', 'invalid', 'repeated', 'seen')
+        }
+        items, scores = rank_answers(found)
+        return Answers(
+            users, tokens.copy(), items, scores, **counts, seconds=seconds, computed=computed
+        )
+
     if _holds(path, identity):
         stored = read_answers(path)
     else:
-        tokens = np.full((len(users), most), BEHIND, np.int32)
-        stored = _read_lines(users, tokens, histories, encoder, 0.0, 0)
+        stored = read(np.full((len(users), most), BEHIND, np.int32), 0.0, 0)
     todo = np.flatnonzero((stored.tokens == BEHIND).all(axis=1))
     tokens = stored.tokens.copy()
     batches = generate_batches(
@@ -223,14 +240,7 @@ def answer_users(
             tokens[row, : len(answer)] = answer
 
     def save(seconds, computed):
-        done = _read_lines(
-            users,
-            tokens.copy(),
-            histories,
-            encoder,
-            stored.seconds + seconds,
-            stored.computed + computed,
-        )
+        done = read(tokens, stored.seconds + seconds, stored.computed + computed)
         storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(done))
         return done
 
@@ -243,29 +253,6 @@ def read_answers(path: epath.PathLike) -> Answers:
     arrays.pop('identity')
     seconds, computed = float(arrays.pop('seconds')), int(arrays.pop('computed'))
     return Answers(**arrays, seconds=seconds, computed=computed)
-
-
-def _read_lines(
-    users: np.ndarray,
-    tokens: np.ndarray,
-    histories: Sequence[Collection[int]],
-    encoder: Encoder,
-    seconds: float,
-    computed: int,
-) -> Answers:
-    """The answers in `tokens` [U', A], matched to the catalogue."""
-    index, special = index_replies(encoder), (BEHIND, int(encoder.eos[0]))
-    found = [
-        read_answer(encoder.tokenizer.decode(row[~np.isin(row, special)].tolist()), index, history)
-        for row, history in zip(tokens, histories)
-    ]
-    counts = {
-        name: np.array([getattr(answer, name) for answer in found], np.int32)
-        for name in ('lines', 'invalid', 'repeated', 'seen')
-    }
-    return Answers(
-        users, tokens, *rank_answers(found), **counts, seconds=seconds, computed=computed
-    )
 
 
 def _holds(path: epath.Path, identity: str) -> bool:
