@@ -4,8 +4,6 @@ The naive side shares the layers with the fast one, but no cache, no arrays of t
 of certain tokens: it writes one token at a time, line breaks too.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,13 +172,13 @@ def test_passes_are_for_choices_alone(params):
     """
     titles = tuple(np.array([QUOTE, *t, QUOTE], np.int32) for t in ([1], [2] * 6))
     query = Query(np.arange(16, dtype=np.int32), titles)
+    queries = [query, Query(query.prompt, titles[:1])]
     options = {'number': 10, 'batch_size': 1, 'max_shapes': 1, 'max_positions': 64}
-    run = functools.partial(place_queries, make_writer(CONFIG, SPEC, number=10), params)
-    ((_, places, computed),) = run([query], np.array([BREAK]), **options)
-    assert sorted(places[0]) == [1, 2]
-    assert computed == 16 + constrained.READ * 1
-    ((_, _, computed),) = run([Query(query.prompt, titles[:1])], np.array([BREAK]), **options)
-    assert computed == 16  # no choice at all
+    writer = make_writer(CONFIG, SPEC, number=10)
+    two, one = place_queries(writer, params, queries, np.array([BREAK]), **options)
+    assert sorted(two[1][0]) == [1, 2]
+    assert two[2] == 16 + constrained.READ * 1
+    assert one[2] == 16  # no choice at all
 
 
 def test_compiles_one_program_a_prompt_length(params, monkeypatch):
@@ -240,6 +238,7 @@ def test_bad_requests(params):
     with pytest.raises(InputError, match='Query 0: the logits are not finite; check the weights'):
         place(params, [unknown])
     broken = params | {'final_norm': {'scale': jnp.full(32, jnp.nan)}}
+    three = Query(good.prompt, (*good.candidates, tokens(3)))
     with pytest.raises(InputError, match='Query 1: the logits are not finite; check the weights'):
-        place(broken, [Query(good.prompt, good.candidates[:1]), good])
+        place(broken, [Query(good.prompt, good.candidates[:1]), three])
     assert place(params, []) == []
