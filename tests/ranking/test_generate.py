@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from palr_jax.data import resolve
 from palr_jax.errors import InputError
@@ -16,8 +17,9 @@ from palr_jax.llama.attention import Cached
 from palr_jax.llama.config import RopeScaling
 from palr_jax.llama.load import load_model
 from palr_jax.llama.model import Llama, apply_logits, output_head
-from palr_jax.ranking import generate as generate_module
-from palr_jax.ranking.generate import generate
+from palr_jax.parallel import rules
+from palr_jax.parallel.mesh import make_mesh
+from palr_jax.ranking.generate import generate, generate_batches, make_generator
 from palr_jax.testing.llama import random_params, tiny_config
 
 REFERENCE = Path(__file__).parent.parent / 'llama' / 'reference' / 'smollm2.json'
@@ -104,6 +106,35 @@ def test_batch_mates_change_no_token():
     assert [answer.tolist() for answer in backwards[::-1]] == together
 
 
+@pytest.mark.slow
+def test_devices_share_the_prompts_and_lengths_are_compiled_once():
+    """Eight simulated devices give the answers of one.
+
+    Of ten prompts the eight short ones make a batch of 16 tokens, the others one of 32.
+    """
+    config, params, prompts = draw({})
+    expected = generate(params, prompts, config=config, eos_id=NO_EOS, most=12, batch_size=5)
+    mesh = make_mesh(ConfigDict({'data': 2, 'fsdp': 2, 'tensor': 2, 'slices': 1}))
+    program = make_generator(config, None, jnp.float32, mesh, eos_id=NO_EOS, most=12)
+    shapes = set()
+
+    def generator(params, tokens, lengths):
+        shapes.add(tokens.shape)
+        return program(params, tokens, lengths)
+
+    options = {'eos_id': NO_EOS, 'most': 12, 'max_shapes': 2, 'max_positions': 512}
+    divided = rules.shard(params, mesh, config)
+    for indices, answers, computed in generate_batches(
+        generator, divided, prompts * 2, batch_size=8, **options
+    ):
+        for i, answer in zip(indices, answers):
+            assert answer.tolist() == expected[i % 5].tolist()
+        assert computed in (8 * (16 + 11), 8 * (32 + 11))
+    assert shapes == {(8, 16), (8, 32)}
+    with pytest.raises(InputError, match=r'config.ranking.batch_size is 3, divided over 4'):
+        list(generate_batches(program, divided, prompts, batch_size=3, **options))
+
+
 def test_eos_ends_a_row_and_no_other():
     """Each token that occurs is made the end once: the answers are cut behind it, or go on."""
     config, params, prompts = draw({})
@@ -137,7 +168,7 @@ def test_the_loop_stops_when_all_rows_have_ended(monkeypatch):
     assert len(run(eos_id=NO_EOS)[0]) == 7
     jax.effects_barrier()
     assert passes == [16] + [1] * 6
-    generate_module._greedy.clear_cache()  # it holds what was counted
+    make_generator.cache_clear()  # it holds what was counted
 
 
 def test_hidden_states_equal_those_of_one_causal_pass():
