@@ -165,10 +165,11 @@ def kendall_tau(scores: np.ndarray) -> float:
     left, right = np.triu_indices(n, k=1)
     signs = np.sign(scores[:, left] - scores[:, right])  # [K, n (n - 1) / 2]
     agreement = signs @ signs.T
-    untied = np.sqrt(np.diag(agreement))
+    untied = np.diag(agreement)
     if not untied.all():
         return float('nan')
-    return float((agreement / np.outer(untied, untied))[np.triu_indices(K, k=1)].mean())
+    tau = agreement / np.sqrt(np.outer(untied, untied))
+    return float(tau[np.triu_indices(K, k=1)].mean())
 
 
 def winning_slots(won: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
