@@ -168,7 +168,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f'{found["system"]}, {found["dtype"]}: {found["users"]} users, sums of '
         f'{found["candidates"]} candidates each',
-        f'{"what is changed":<34}{"largest difference":>19}  {"allowed":>9}  {"bits":<7}',
+        f'{"what is changed":<34}{"largest difference":>19}  {"allowed":>9}  bits',
     ]
     for change in found['changes']:
         allowed = 'no bit' if change['tolerance'] == BITS else f'{change["tolerance"]:.0e}'

@@ -2,7 +2,7 @@
 
 The same users are scored under K seeded orders of the same candidates, the first of them the run's
 own. An LLM that reads a list should not care for its order; known ones do (Hou et al. 2024, 'Large
-Language Models are Zero-Shot Rankers for Recommender Systems', section 3.2.2).
+Language Models are Zero-Shot Rankers for Recommender Systems').
 
 With random orders, a winner that does not depend on the order stands in each listed slot equally
 often: that is what the chi-square test asks. Where it does not, some slots are favoured.
@@ -209,7 +209,7 @@ def table(found: dict[str, Any]) -> str:
 
     lines = [
         f'{found["system"]}: {found["users"]} users, {found["orders"]} orders of '
-        f'{found["candidates"]} candidates',
+        f'{found["candidates"]} candidates; {found["targets_listed"]:.0%} of targets listed',
         line('top-1 is not that of order 1', flips, f'by chance {flips["by_chance"]:.3f}'),
         line("Kendall's tau between orders", tau) if tau else "Kendall's tau: all scores tie",
         *(

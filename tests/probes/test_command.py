@@ -12,7 +12,7 @@ from palr_jax import pipeline, storage
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
 from palr_jax.probes import invariance, memory, order
-from palr_jax.probes.finished import Finished, open_run
+from palr_jax.probes.finished import open_run
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
 
@@ -74,7 +74,7 @@ def test_the_command_writes_what_it_prints(workdir):
     )
     assert (status, errors) == (0, [])
     assert max(map(len, lines[:-1])) <= 80
-    assert lines[0] == 'llm: 4 users, 3 orders of 10 candidates'
+    assert lines[0].startswith('llm: 4 users, 3 orders of 10 candidates; ')
     found = storage.read_json(workdir / 'probes' / 'order_llm.json')
     assert (found['probe'], found['users'], found['orders']) == ('order', 4, 3)
     assert sum(found['slots']['counts']) == 12
