@@ -28,7 +28,7 @@ from palr_jax.errors import InputError
 from palr_jax.llama.attention import OnePass
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.llama.model import Llama, log_likelihood, output_head
+from palr_jax.llama.model import Llama, head_logits, log_likelihood, stored_head
 from palr_jax.parallel.mesh import check_rows, shard_rows, using
 
 # XLA's CPU backend multiplies in float32. Left to itself it moves the casts of the kernels out of
@@ -116,14 +116,14 @@ def one_pass_scores(
         OnePass(batch.prompt, batch.rows),
         rngs=None if key is None else {'dropout': key},
     )
-    head = output_head(params)
+    head, axis = stored_head(params)
 
     last = jnp.sum(batch.prompt, axis=1) - 1
     last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    logits = jnp.dot(last_hidden, head, preferred_element_type=jnp.float32)
+    logits = head_logits(last_hidden, head, axis)
     first = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.first, axis=1)
 
-    rest = log_likelihood(hidden[:, L:], batch.targets, head)[:, None]
+    rest = log_likelihood(hidden[:, L:], batch.targets, head, axis)[:, None]
     # A masked sum, not a scatter: its order is fixed on every device, and padding, whatever its
     # value, stays out of it.
     own = batch.rows.reshape(len(rest), 1, -1) == jnp.arange(1, C + 1)[:, None]
