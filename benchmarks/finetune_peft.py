@@ -183,7 +183,7 @@ def write_inputs(folder: Path, data: str, users: int, length: int) -> dict[str, 
     """The model as a Hugging Face folder and the encoded examples; says what they are."""
     from palr_jax import data as palr_data
     from palr_jax.config import default_config
-    from palr_jax.llm_input import encode_examples
+    from palr_jax.llm_input import encode_examples, training_examples
     from palr_jax.pipeline import prepare_data
     from palr_jax.project import Project
     from palr_jax.testing.llama import write_hf_folder
@@ -194,7 +194,7 @@ def write_inputs(folder: Path, data: str, users: int, length: int) -> dict[str, 
     project = Project(config, folder / 'run')
     prepare_data(project)
     some = np.random.default_rng(0).permutation(len(project.dataset.split.train_end))[:users]
-    tokens, _ = encode_examples(project, np.sort(some))
+    tokens = encode_examples(project, training_examples(project, np.sort(some)))
     (folder / 'model').mkdir()
     checkpoint = project.checkpoint
     write_hf_folder(folder / 'model', checkpoint.config, project.base, checkpoint.tokenizer)

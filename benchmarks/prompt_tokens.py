@@ -64,8 +64,9 @@ def ranking(project: Project, users: np.ndarray) -> dict[str, list[Counts]]:
         items = popular[~np.isin(popular, history)][: config.ranking.candidates]
         profile = count_profile(history.tolist(), catalogue.keywords)
         seed = order_seed(config, user)
-        prompt, _ = ranking_prompt(encoder, config.prompts, history, profile, items, seed)
-        ranked.append(counts(prompt, np.mean([len(encoder.reply(int(i))) for i in items])))
+        prompt, listed = ranking_prompt(encoder, config.prompts, history, profile, items, seed)
+        replies = encoder.replies(items.tolist(), listed)
+        ranked.append(counts(prompt, np.mean(list(map(len, replies)))))
         shown = history[-config.prompts.profile_history :].tolist()
         answer = sum(len(encoder.keyword(keyword, last=False)) for keyword in profile)
         if ask(shown, encoder, len(shown)).keywords:

@@ -130,7 +130,8 @@ def default_config() -> ConfigDict:
     # How an item reads in a prompt: title ("Heat (1995)") | id_title ("B000142FVW (Nail Lacquer)"),
     # which tells items of one title apart; and in answers, where an id's tokens dominate a score.
     config.prompts.item = 'title'
-    config.prompts.answer = 'title'  # title | id_title
+    # title | id_title | index: candidates are numbered and answered by number
+    config.prompts.answer = 'title'
     config.prompts.profile = 'counts'  # none | counts | llm (the base model names two keywords)
     config.prompts.profile_history = 20  # latest items that the LLM reads for a profile
     config.prompts.profile_normalize = 'sum'  # scores of its keywords: sum | token | byte
@@ -147,6 +148,10 @@ def default_config() -> ConfigDict:
     config.tasks.recommend_retrieval = 0.5
     config.tasks.profile = True  # training prompts carry the profile, where prompts.profile is on
     config.tasks.candidates = 20  # listed in a training prompt
+    # Where they come from: similar (the paper's: the targets and negatives like them) | retriever
+    # (what is retrieved after the cut by a retriever that was fitted without the user).
+    config.tasks.candidates_from = 'similar'
+    config.tasks.folds = 1  # of the users who give examples; each has a retriever without them
     config.tasks.targets_at = 'shuffled'  # where targets stand in the list: shuffled | first | last
     config.tasks.targets = 10  # at most
     config.tasks.negatives_by_genre = 0.5  # share of the negatives; the rest by co-visitation
@@ -155,10 +160,13 @@ def default_config() -> ConfigDict:
     config.tasks.swap = 0.1  # share of examples in which history and label swap one item
 
     config.finetune = ConfigDict()
+    # What is learned: sft (to write the answer, the paper's) | listwise (to score the targets above
+    # the other candidates) | both (listwise, and the likelihood of the targets).
+    config.finetune.objective = 'sft'
     config.finetune.steps = 200  # optimiser steps; more may be asked for later
-    config.finetune.batch_size = 8  # rows a step
+    config.finetune.batch_size = 8  # rows a step, or lists
     config.finetune.accumulate = 1  # parts that a batch is run in, one after another: less memory
-    config.finetune.length = 1024  # tokens a row, at most
+    config.finetune.length = 1024  # tokens a row, or a prompt and one answer, at most
     config.finetune.learning_rate = 3e-4  # peak of AdamW
     config.finetune.warmup = 10  # steps
     config.finetune.decay_steps = 200  # step at which the cosine ends; constant afterwards
@@ -174,8 +182,13 @@ def default_config() -> ConfigDict:
     config.ranking.users = 0  # seeded sample of test users; 0 is all
     config.ranking.valid_users = 200  # seeded, for the fusion weight, from the other half; 0 is all
     config.ranking.candidates = 50  # ranked for each user, at most retrieval.candidates
-    config.ranking.mode = 'title'  # title
-    config.ranking.normalize = 'token'  # sum | token | byte
+    # title (likelihood of each candidate's answer) | index (the same of its number) | generate (the
+    # model writes ten titles: of the candidates, or freely where the prompt lists none)
+    config.ranking.mode = 'title'
+    # sum | token | byte | prior (the sum, less that under the same prompt without the user)
+    config.ranking.normalize = 'token'
+    config.ranking.answer_tokens = 256  # of a freely generated answer, at most
+    config.ranking.skip_misses = False  # users whose target was not retrieved count, unscored
     config.ranking.batch_size = 4  # users a program call
     config.ranking.row_length = 64  # tokens of a packed candidate row
     config.ranking.max_shapes = 4  # compiled shapes of prompts and rows, at most
@@ -202,13 +215,15 @@ CHOICES = {
     'model.remat': tuple(REMAT),
     'prompts.style': ('plain', 'alpaca', 'chatml'),
     'prompts.item': ('title', 'id_title'),
-    'prompts.answer': ('title', 'id_title'),
+    'prompts.answer': ('title', 'id_title', 'index'),
+    'tasks.candidates_from': ('similar', 'retriever'),
+    'finetune.objective': ('sft', 'listwise', 'both'),
     'prompts.profile': ('none', 'counts', 'llm'),
     'prompts.profile_normalize': ('sum', 'token', 'byte'),
     'prompts.candidate_order': ('shuffled', 'retriever'),
     'tasks.targets_at': ('shuffled', 'first', 'last'),
-    'ranking.mode': ('title',),
-    'ranking.normalize': ('sum', 'token', 'byte'),
+    'ranking.mode': ('title', 'index', 'generate'),
+    'ranking.normalize': ('sum', 'token', 'byte', 'prior'),
 }
 MEMBERS = {
     'stages': STAGES,
@@ -275,32 +290,102 @@ def validate(config: ConfigDict) -> None:
         if field not in given:
             raise InputError(f'config.{field} is missing; start from default_config().')
         _check(field, given[field], default)
-    if config.ranking.candidates > config.retrieval.candidates:
-        raise InputError(
-            f'config.ranking.candidates is {config.ranking.candidates}; allowed: at most '
-            f'config.retrieval.candidates, which is {config.retrieval.candidates}.'
-        )
-    if config.prompts.history == 0 and config.prompts.profile == 'none':
-        raise InputError(
-            "config.prompts.history is 0 and config.prompts.profile is 'none': the prompt would "
-            'say nothing of the user; allowed: at least one of the two.'
-        )
-    if config.tasks.recommend_retrieval > 0 and config.tasks.candidates <= config.tasks.targets:
-        raise InputError(
-            f'config.tasks.candidates is {config.tasks.candidates}; allowed: more than '
-            f'config.tasks.targets, which is {config.tasks.targets}.'
-        )
-    if config.finetune.full and config.model.quantize != 'none':
-        raise InputError(
-            f'config.finetune.full is True and config.model.quantize is {config.model.quantize!r}: '
-            "codes cannot be trained; allowed in full fine-tuning: config.model.quantize='none'."
-        )
-    if not config.prompts.candidates and config.tasks.recommend_retrieval > 0:
-        raise InputError(
-            'config.prompts.candidates is False and config.tasks.recommend_retrieval is '
-            f'{config.tasks.recommend_retrieval:g}: training would list candidates and the ranking '
-            'would not; allowed without candidates: config.tasks.recommend_retrieval=0.'
-        )
+    _check_together(config)
+
+
+def _check_together(config: ConfigDict) -> None:
+    """Refuses values that are allowed by themselves and make no sense together."""
+    lists = config.finetune.objective != 'sft'
+    retrieved = config.tasks.candidates_from == 'retriever'
+    numbered = config.prompts.answer == 'index'
+    tuned = 'finetune' in config.stages
+    share = config.tasks.recommend_retrieval
+    # (what is wrong, the fields whose values are told, why, what is allowed)
+    for wrong, fields, why, allowed in (
+        (
+            config.ranking.candidates > config.retrieval.candidates,
+            ('ranking.candidates', 'retrieval.candidates'),
+            'more cannot be ranked than are retrieved',
+            'config.ranking.candidates of at most the other',
+        ),
+        (
+            config.prompts.history == 0 and config.prompts.profile == 'none',
+            ('prompts.history', 'prompts.profile'),
+            'the prompt would say nothing of the user',
+            'at least one of the two',
+        ),
+        (
+            share > 0 and config.tasks.candidates <= config.tasks.targets and not retrieved,
+            ('tasks.candidates', 'tasks.targets'),
+            'a list of targets alone teaches nothing',
+            'more candidates than targets',
+        ),
+        (
+            config.finetune.full and config.model.quantize != 'none',
+            ('finetune.full', 'model.quantize'),
+            'codes cannot be trained',
+            "in full fine-tuning config.model.quantize='none'",
+        ),
+        (
+            not config.prompts.candidates and share > 0,
+            ('prompts.candidates', 'tasks.recommend_retrieval'),
+            'training would list candidates and the ranking would not',
+            'without candidates config.tasks.recommend_retrieval=0',
+        ),
+        (
+            numbered != (config.ranking.mode == 'index'),
+            ('prompts.answer', 'ranking.mode'),
+            'numbers are scored where candidates are answered by number',
+            "'index' for both or for none",
+        ),
+        (
+            numbered and not config.prompts.candidates,
+            ('prompts.answer', 'prompts.candidates'),
+            'only listed candidates have numbers',
+            'config.prompts.candidates=True',
+        ),
+        (
+            numbered and config.ranking.normalize not in ('sum', 'prior'),
+            ('prompts.answer', 'ranking.normalize'),
+            'the length of a number means nothing',
+            "config.ranking.normalize='sum' or 'prior'",
+        ),
+        (
+            tuned and share < 1 and (numbered or lists or retrieved),
+            (
+                *('tasks.recommend_retrieval', 'prompts.answer', 'finetune.objective'),
+                'tasks.candidates_from',
+            ),
+            'numbers, lists and retrieved candidates need examples that list candidates',
+            'config.tasks.recommend_retrieval=1',
+        ),
+        (
+            tuned and share > 0 and config.prompts.candidate_order == 'retriever' and not retrieved,
+            ('prompts.candidate_order', 'tasks.candidates_from'),
+            'training and ranking have one order, and similar candidates have none of a retriever',
+            "config.prompts.candidate_order='shuffled' or config.tasks.candidates_from='retriever'",
+        ),
+        (
+            retrieved and (config.tasks.targets_at != 'shuffled' or not config.prompts.candidates),
+            ('tasks.candidates_from', 'tasks.targets_at', 'prompts.candidates'),
+            'retrieved candidates are listed as prompts.candidate_order says',
+            "config.tasks.targets_at='shuffled' and config.prompts.candidates=True",
+        ),
+        (
+            retrieved and config.tasks.candidates > config.retrieval.candidates,
+            ('tasks.candidates', 'retrieval.candidates'),
+            'more cannot be listed than are retrieved',
+            'config.tasks.candidates of at most the other',
+        ),
+    ):
+        if wrong:
+            told = ' and '.join(f'config.{name} is {_value(config, name)!r}' for name in fields)
+            raise InputError(f'{told}: {why}; allowed: {allowed}.')
+
+
+def _value(config: ConfigDict, field: str) -> Any:
+    group, name = field.split('.')
+    return config[group][name]
 
 
 def one_of(choices: Mapping[str, Any], name: str, config: str) -> Any:

@@ -1,30 +1,56 @@
 """What the LLM reads: the examples of fine-tuning and the queries of the ranking."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
+from etils import epath
 
+from palr_jax import data, retrieval, storage
+from palr_jax.errors import InputError
 from palr_jax.finetune.input import Tokens, encode_example
+from palr_jax.finetune.lists import Choice, encode_choice
+from palr_jax.parallel import distributed
 from palr_jax.project import Project, order_seed, ranked_users, read_candidates
-from palr_jax.prompts.tasks import Example, affinity, make_examples
+from palr_jax.prompts.tasks import Example, affinity, make_examples, relist, split_users
 from palr_jax.ranking.score import Query
 from palr_jax.ranking.users import make_query
 
 
-def encode_examples(project: Project, users: np.ndarray) -> tuple[list[Tokens], np.ndarray]:
-    """The users' examples as tokens, and the user of each."""
-    examples = training_examples(project, users)
-    length = project.config.finetune.length
-    tokens = [
-        encode_example(example, project.encoder, profile, length)
-        for example, profile in zip(examples, example_profiles(project, examples))
-    ]
-    return tokens, np.array([example.user for example in examples], np.int64)
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """What is learned from, and what tells whether it carries over.
+
+    Attributes:
+      examples: of the users who give some.
+      held_out: one each of other users.
+    """
+
+    examples: list[Example]
+    held_out: list[Example]
 
 
-def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
-    """The instruction examples of these users, in item ids."""
+def make_lessons(project: Project) -> Lessons:
+    """The examples of fine-tuning, with the candidates that the config asks for.
+
+    Retrieved candidates are kept in `finetune/candidates.npz`; the users whose examples are held
+    out are left out of their retrievers too.
+    """
+    config = project.config
+    ours, others = split_users(project.dataset.split, config.tasks.users, config.seed)
+    chosen = np.random.default_rng([config.seed, 4]).permutation(others)
+    held = np.sort(chosen[: config.finetune.held_out])
+    examples, held_out = (similar_examples(project, users) for users in (ours, held))
+    if config.tasks.candidates_from == 'retriever':
+        distributed.by_one(lambda: retrieve_for_training(project, examples + held_out))
+        examples, held_out = (with_retrieved(project, some) for some in (examples, held_out))
+    first = {example.user: example for example in reversed(held_out)}
+    return Lessons(examples, [first[user] for user in sorted(first)])
+
+
+def similar_examples(project: Project, users: Sequence[int]) -> list[Example]:
+    """The paper's instruction examples of these users, in item ids."""
     config, dataset = project.config, project.dataset
     return make_examples(
         dataset.split,
@@ -37,6 +63,79 @@ def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
     )
 
 
+def retrieve_for_training(project: Project, examples: Sequence[Example]) -> None:
+    """Writes what retrievers without an example's user find after its cut."""
+    path = _candidates_path(project)
+    if path.exists():
+        return
+    config, dataset = project.config, project.dataset
+    tuning, _ = data.validation_halves(dataset.split, config.seed)
+    material = retrieval.Material(
+        dataset.split.validating(tuning),
+        dataset.catalogue,
+        config.retrieval,
+        config.seed,
+        path.parent / 'retrieval',
+        project.texts,
+    )
+    users = np.array([example.user for example in examples])
+    pasts = [np.array(example.past) for example in examples]
+    found = retrieval.retrieve_out_of_fold(
+        material, users, pasts, config.tasks.folds, config.tasks.candidates
+    )
+    cuts = np.array([len(past) for past in pasts])
+    storage.write_arrays(path, users=users, cuts=cuts, items=found.items)
+
+
+def with_retrieved(project: Project, examples: Sequence[Example]) -> list[Example]:
+    """The examples with the candidates that `retrieve_for_training` wrote.
+
+    Raises:
+      InputError: it has not written theirs.
+    """
+    path = _candidates_path(project)
+    stored = storage.read_arrays(path)
+    keys = zip(stored['users'].tolist(), stored['cuts'].tolist())
+    rows = {key: row for row, key in enumerate(keys)}
+    config = project.config
+    try:
+        found = [rows[example.user, len(example.past)] for example in examples]
+    except KeyError as error:
+        raise InputError(
+            f'{path}: the user {error.args[0][0]} is not in it; allowed: users who give examples.'
+        ) from error
+    return relist(
+        examples,
+        stored['items'][found],
+        project.dataset.split,
+        config.tasks,
+        order=config.prompts.candidate_order,
+        seed=config.seed,
+    )
+
+
+def _candidates_path(project: Project) -> epath.Path:
+    return project.workdir / 'finetune' / 'candidates.npz'
+
+
+def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
+    """The examples of these users as fine-tuning has them."""
+    examples = similar_examples(project, users)
+    if project.config.tasks.candidates_from == 'retriever':
+        return with_retrieved(project, examples)
+    return examples
+
+
+def encode_examples(project: Project, examples: Sequence[Example]) -> list[Tokens] | list[Choice]:
+    """The examples as tokens, or as lists where the objective is one of lists."""
+    config = project.config
+    encode = encode_example if config.finetune.objective == 'sft' else encode_choice
+    return [
+        encode(example, project.encoder, profile, config.finetune.length)
+        for example, profile in zip(examples, example_profiles(project, examples))
+    ]
+
+
 def example_profiles(project: Project, examples: Sequence[Example]) -> list[tuple[str, ...]]:
     """The keywords that each example shows: of everything before its cut, or none."""
     if not project.config.tasks.profile:
@@ -44,14 +143,25 @@ def example_profiles(project: Project, examples: Sequence[Example]) -> list[tupl
     return project.profiles([example.past for example in examples])
 
 
-def make_queries(project: Project, part: str) -> tuple[np.ndarray, np.ndarray, list[Query]]:
-    """(users [U'], their candidates [U', C], their prompts) for a seeded sample of a split part."""
+def make_queries(
+    project: Project, part: str, *, of_user: bool = True
+) -> tuple[np.ndarray, np.ndarray, list[Query]]:
+    """(users [U'], their candidates [U', C], their prompts) for a seeded sample of a split part.
+
+    With `ranking.skip_misses` without those whose target is no candidate. Unless `of_user`, the
+    prompts say nothing of the user: they have the same candidates in the same order alone.
+    """
     config = project.config
     found = read_candidates(project, part)
     users = ranked_users(project, part)
-    rows = np.searchsorted(found.users, users)
-    items = found.items[rows, : config.ranking.candidates]
+    items = found.items[np.searchsorted(found.users, users), : config.ranking.candidates]
+    if config.ranking.skip_misses:
+        hits = (items == project.dataset.split.targets(part)[users, None]).any(axis=1)
+        logging.info('ranking: the targets of %d of %d %s users', hits.sum(), len(users), part)
+        users, items = users[hits], items[hits]
     histories = [project.dataset.split.history(user, part) for user in users]
+    if not of_user:
+        histories = [history[:0] for history in histories]
     profiles = project.profiles([history.tolist() for history in histories])
     queries, cut = [], 0
     for user, history, profile, candidates in zip(users, histories, profiles, items):

@@ -13,7 +13,7 @@ import functools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +26,20 @@ from palr_jax import data, evaluation, retrieval, storage
 from palr_jax.config import validate
 from palr_jax.errors import InputError
 from palr_jax.evaluation import TargetRanks, rank_targets
-from palr_jax.finetune.train import Program, answer_losses, train
+from palr_jax.finetune.train import Program, answer_losses, choice_losses, train
+from palr_jax.fusion import choose_fusion
 from palr_jax.llama import export, hf, lora, peft
-from palr_jax.llm_input import encode_examples, make_queries
+from palr_jax.llm_input import encode_examples, make_lessons, make_queries
 from palr_jax.parallel import distributed, rules
 from palr_jax.project import (
     Project,
     load_data,
     lora_spec,
     read_candidates,
-    retriever_scores,
 )
-from palr_jax.prompts.tasks import split_users
-from palr_jax.ranking.fuse import choose_weight
-from palr_jax.ranking.users import read_scores, score_users
+from palr_jax.ranking.generate_users import answer_users, generate_users
+from palr_jax.ranking.score import Query
+from palr_jax.ranking.users import score_users
 from palr_jax.stages import STAGES, Ledger, flatten, retrieval_reads_texts
 from palr_jax.summary import alone, write_report
 
@@ -190,15 +190,11 @@ def finetune(project: Project) -> None:
 
     Or a whole model in the format of Hugging Face, where `finetune.full` trains all weights.
     """
-    config, split, mesh = project.config, project.dataset.split, project.mesh
-    ours, others = split_users(split, config.tasks.users, config.seed)
-    tokens, _ = encode_examples(project, ours)
-    logging.info('finetune: %d examples of %d users', len(tokens), len(ours))
-    # Whether what was learned carries over to users who gave no example; one example each.
-    held_out = np.random.default_rng([config.seed, 4]).permutation(others)
-    held_tokens, users = encode_examples(project, np.sort(held_out[: config.finetune.held_out]))
-    users, first = np.unique(users, return_index=True)
-    held_tokens = [held_tokens[i] for i in first]
+    config, mesh = project.config, project.mesh
+    lessons = make_lessons(project)
+    examples, held_out = (encode_examples(project, e) for e in (lessons.examples, lessons.held_out))
+    users = len({example.user for example in lessons.examples})
+    logging.info('finetune: %d examples of %d users', len(examples), users)
 
     model, spec = project.checkpoint.config, lora_spec(config)
     program = Program(
@@ -207,20 +203,24 @@ def finetune(project: Project) -> None:
         jnp.dtype(config.model.dtype),
         config.model.remat,
         config.finetune.accumulate,
+        config.finetune.objective,
     )
 
     def losses(params: Any) -> np.ndarray:
-        return answer_losses(params, program, held_tokens, config.finetune.length, mesh)
+        """Whether what was learned carries over to users who gave no example."""
+        if program.objective == 'sft':
+            return answer_losses(params, program, held_out, config.finetune.length, mesh)
+        return choice_losses(params, program, held_out, mesh)
 
     settings = {'seed': config.seed, 'workdir': project.workdir, 'mesh': mesh}
     if config.finetune.full:
         base = project.load_base('float32')
         before = losses(base)  # now: training takes the memory of the base
-        trained = train(base, program, tokens, config.finetune, **settings)
+        trained = train(base, program, examples, config.finetune, **settings)
         after = losses(trained)
         save_model(project, trained)
     else:
-        adapter = train(project.base, program, tokens, config.finetune, **settings)
+        adapter = train(project.base, program, examples, config.finetune, **settings)
         whole = distributed.whole(adapter)
         peft.save_adapter(project.adapter_folder, whole, spec, config.model.path)
         fresh = lora.init_adapter(model, spec, config.seed)  # changes nothing: B is zero
@@ -229,7 +229,10 @@ def finetune(project: Project) -> None:
             for leaves in (rules.shard(fresh, mesh, model), adapter)
         )
     storage.write_arrays(
-        project.workdir / 'finetune' / 'answer_loss.npz', users=users, before=before, after=after
+        project.workdir / 'finetune' / 'held_out_loss.npz',
+        users=np.array([example.user for example in lessons.held_out]),
+        before=before,
+        after=after,
     )
 
 
@@ -259,44 +262,75 @@ def rank_users(project: Project) -> None:
     folder = project.model_folder if full else project.adapter_folder
     if folder.exists():
         identity = export.hash_weights(folder)
-        tuned = [('llm', *project.adapted(), identity)]  # before the base is read: it may not fit
-    systems = [('llm_zero_shot', project.base, None, ''), *tuned]
-    queries = {part: make_queries(project, part) for part in ('valid', 'test')}
-    for system, params, spec, identity in systems:
-        scorer = project.scorer(spec)
-        for part in ('valid', 'test') if system == systems[-1][0] else ('test',):
-            users, items, of_users = queries[part]
-            score_users(
-                f'{system} ({part})',
-                users,
-                items,
-                of_users,
-                project.encoder,
-                scorer,
-                params,
-                project.config.ranking,
-                max_positions=project.checkpoint.config.max_positions,
-                path=project.scores_path(system, part),
-                identity=identity,
-            )
-    distributed.by_one(lambda: choose_fusion(project, systems[-1][0]))
+        tuned = [Llm('llm', *project.adapted(), identity)]  # before the base, which may not fit
+    systems = [Llm('llm_zero_shot', project.base, None, ''), *tuned]
+    for part in ('valid', 'test'):
+        users, items, queries = make_queries(project, part)
+        for llm in systems if part == 'test' else systems[-1:]:
+            rank_by(project, llm, part, users, items, queries)
+    distributed.by_one(lambda: choose_fusion(project, systems[-1].system))
 
 
-def choose_fusion(project: Project, system: str) -> None:
-    """Weighs the retriever against `system` on the validation users -> `ranking/fusion.json`."""
-    config = project.config.ranking
-    valid = read_scores(project.scores_path(system, 'valid'))
-    weight, ndcg = choose_weight(
-        valid.items,
-        retriever_scores(project, valid, 'valid'),
-        valid.normalized(config.normalize),
-        project.dataset.split.targets('valid')[valid.users],
-        config.fusion_weights,
-    )
-    fusion = {
-        'system': system,
-        'weight': weight,
-        'valid_users': len(valid.users),
-        'valid_ndcg@10': [[w, value] for w, value in ndcg.items()],
+class Llm(NamedTuple):
+    """A model that ranks."""
+
+    system: str  # its name in the report
+    params: dict[str, Any]
+    adapter: lora.LoraSpec | None
+    identity: str  # of its weights, beside those of the base
+
+
+def rank_by(
+    project: Project,
+    llm: Llm,
+    part: str,
+    users: np.ndarray,
+    items: np.ndarray,
+    queries: list[Query],
+) -> None:
+    """Ranks the users [U'] and their candidates [U', C] as `ranking.mode` says -> `ranking/`."""
+    config, model = project.config.ranking, project.checkpoint.config
+    name, path = f'{llm.system} ({part})', project.scores_path(llm.system, part)
+    written = {
+        'model': model,
+        'lora': llm.adapter,
+        'dtype': jnp.dtype(project.config.model.dtype),
+        'mesh': project.mesh,
+        'path': path,
+        'identity': llm.identity,
     }
-    storage.write_json(project.workdir / 'ranking' / 'fusion.json', fusion)
+    if project.writes_freely:
+        histories = [set(project.dataset.split.history(user, part).tolist()) for user in users]
+        answer_users(
+            name,
+            users,
+            [query.prompt for query in queries],
+            histories,
+            project.encoder,
+            llm.params,
+            config,
+            most=config.answer_tokens,
+            **written,
+        )
+        return
+    if config.mode == 'generate':
+        generate_users(name, users, items, queries, project.encoder, llm.params, config, **written)
+        return
+    todo = [(name, queries, path)]
+    if config.normalize == 'prior':
+        _, _, prior = make_queries(project, part, of_user=False)
+        todo.append((f'{name}, prior', prior, project.prior_path(llm.system, part)))
+    for name, asked, path in todo:
+        score_users(
+            name,
+            users,
+            items,
+            asked,
+            project.encoder,
+            project.scorer(llm.adapter),
+            llm.params,
+            config,
+            max_positions=model.max_positions,
+            path=path,
+            identity=llm.identity,
+        )

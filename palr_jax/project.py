@@ -25,8 +25,9 @@ from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.llm_profile import llm_profiles
 from palr_jax.prompts.profile import count_profile
 from palr_jax.prompts.template import load_template
+from palr_jax.ranking.generate_users import Answers, read_answers
 from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
-from palr_jax.ranking.users import Scores
+from palr_jax.ranking.users import Scores, read_scores
 from palr_jax.retrieval import Candidates
 from palr_jax.stages import flatten, retrieval_reads_texts
 
@@ -120,7 +121,10 @@ class Project:
             return
         fields = json.dumps(flatten(self.config), sort_keys=True)
         distributed.preflight(hashlib.sha256(fields.encode()).hexdigest())
-        if 'retrieval' in self.config.stages and retrieval_reads_texts(self.config):
+        retrieves = 'retrieval' in self.config.stages or (
+            'finetune' in self.config.stages and self.config.tasks.candidates_from == 'retriever'
+        )
+        if retrieves and retrieval_reads_texts(self.config):
             raise InputError(
                 'config.retrieval asks the base model for texts, and process 0 cannot run a model '
                 "that all share; allowed: a run of one process with config.stages=('data', "
@@ -234,6 +238,23 @@ class Project:
     def model_folder(self) -> epath.Path:
         """What full fine-tuning writes in place of an adapter."""
         return self.workdir / 'finetune' / 'model'
+
+    @property
+    def writes_freely(self) -> bool:
+        """Whether the LLM writes titles of its own choice, and does not score candidates."""
+        return self.config.ranking.mode == 'generate' and not self.config.prompts.candidates
+
+    def llm_scores(self, system: str, part: str) -> Scores | Answers:
+        """What `ranking` holds of a system; for the normalisation 'prior' less the prior's."""
+        if self.writes_freely:
+            return read_answers(self.scores_path(system, part))
+        scores = read_scores(self.scores_path(system, part))
+        if self.config.ranking.normalize != 'prior' or self.config.ranking.mode == 'generate':
+            return scores
+        return scores.less(read_scores(self.prior_path(system, part)))
+
+    def prior_path(self, system: str, part: str) -> epath.Path:
+        return self.scores_path(f'{system}_prior', part)
 
     def scores_path(self, system: str, part: str) -> epath.Path:
         return self.workdir / 'ranking' / f'{system}_{part}.npz'

@@ -8,8 +8,10 @@ adapter scores what was retrieved, and both are fused with the run's weight.
 
 import dataclasses
 import difflib
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -18,9 +20,12 @@ from palr_jax import cli, retrieval, storage
 from palr_jax.config import restore
 from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
+from palr_jax.llama.lora import LoraSpec
 from palr_jax.project import Project
+from palr_jax.ranking.answers import LINES, score_places
+from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.fuse import fuse
-from palr_jax.ranking.score import score_queries
+from palr_jax.ranking.score import Query, score_queries
 from palr_jax.ranking.users import Scores, make_query
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
@@ -36,7 +41,7 @@ class Recommendation:
       title: as in the catalogue.
       score: fused, higher is better.
       retriever: the retriever's score.
-      llm: the title's log-likelihood, normalised as the run's config says.
+      llm: what the LLM says of it, as `ranking.mode` and `ranking.normalize` have it.
     """
 
     title: str
@@ -65,27 +70,16 @@ def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[R
     history = find_items(titles, project.dataset.catalogue)
     items, base_scores = retrieve_for(project, history)
     fusion = storage.read_json(workdir / 'ranking' / 'fusion.json')
+    if project.writes_freely:
+        raise InputError(
+            f'--workdir={workdir}: the LLM of this run writes freely and ranks no candidates; '
+            'allowed: a run with config.prompts.candidates=True.'
+        )
 
     params, spec = project.adapted() if fusion['system'] == 'llm' else (project.base, None)
-    (profile,) = project.profiles([history.tolist()])
-    query, _ = make_query(
-        project.encoder, config.prompts, history, profile, items, seed=[config.seed, 5]
-    )
-    scorer = project.scorer(spec)
     with jax.default_matmul_precision(config.model.matmul_precision):
-        ((_, sums),) = score_queries(
-            scorer,
-            params,
-            [query],
-            batch_size=1,
-            row_length=config.ranking.row_length,
-            max_shapes=1,
-            max_positions=project.checkpoint.config.max_positions,
-        )
-    llm = Scores.of_queries(items[None], [query], project.encoder, sums).normalized(
-        config.ranking.normalize
-    )
-    fused = fuse(base_scores[None], llm, fusion['weight'])[0]
+        llm = rank_candidates(project, params, spec, history, items)
+    fused = fuse(base_scores[None], llm, fusion['fused']['weight'])[0]
     return [
         Recommendation(
             project.dataset.catalogue.titles[items[i]],
@@ -95,6 +89,53 @@ def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[R
         )
         for i in np.argsort(-fused, kind='stable')[:number]
     ]
+
+
+def rank_candidates(
+    project: Project,
+    params: dict[str, Any],
+    spec: LoraSpec | None,
+    history: np.ndarray,
+    items: np.ndarray,
+) -> np.ndarray:
+    """[1, C] what the LLM says of the `items` [C] for a history."""
+    config, encoder = project.config, project.encoder
+    ranking, model = config.ranking, project.checkpoint.config
+
+    def ask(of: np.ndarray) -> Query:
+        (profile,) = project.profiles([of.tolist()])
+        return make_query(encoder, config.prompts, of, profile, items, seed=[config.seed, 5])[0]
+
+    if ranking.mode == 'generate':
+        writer = make_writer(model, spec, jnp.dtype(config.model.dtype), None, number=LINES)
+        ((_, places, _),) = place_queries(
+            writer,
+            params,
+            [ask(history)],
+            encoder.line_break,
+            number=LINES,
+            batch_size=1,
+            max_shapes=1,
+            max_positions=model.max_positions,
+        )
+        return score_places(places, np.ones(places.shape, bool))
+
+    def score(query: Query) -> Scores:
+        ((_, sums),) = score_queries(
+            project.scorer(spec),
+            params,
+            [query],
+            batch_size=1,
+            row_length=ranking.row_length,
+            max_shapes=1,
+            max_positions=model.max_positions,
+        )
+        return Scores.of_queries(items[None], [query], encoder, sums)
+
+    scores = score(ask(history))
+    if ranking.normalize == 'prior':
+        scores = scores.less(score(ask(history[:0])))
+    return scores.normalized(ranking.normalize)
 
 
 def retrieve_for(project: Project, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

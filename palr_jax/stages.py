@@ -180,6 +180,8 @@ def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
             part |= flatten(value, f'{name}.')
         else:
             part[name] = value
+    if stage == 'finetune' and config.tasks.candidates_from == 'retriever':
+        part |= flatten(config.retrieval, 'retrieval.')
     return {field: value for field, value in part.items() if field not in LAYOUT}
 
 

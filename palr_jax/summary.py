@@ -3,20 +3,24 @@
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from palr_jax import evaluation, retrieval, storage
-from palr_jax.evaluation import AnswerLoss, Comparison, Run, rank_targets
-from palr_jax.project import Project, retriever_scores
+from palr_jax.evaluation import Comparison, HeldOutLoss, Run, rank_targets
+from palr_jax.fusion import LLM, PARTNERS, partner_scores, popularity_scores
+from palr_jax.project import Project, ranked_users, retriever_scores
+from palr_jax.prompts.tasks import split_users
 from palr_jax.ranking.fuse import fuse
-from palr_jax.ranking.users import Scores, read_scores
+from palr_jax.ranking.generate_users import Answers
+from palr_jax.ranking.users import Scores
 from palr_jax.stages import Ledger
 
 BASE = ('popularity', 'retriever')  # rows that need no LLM
+LISTED = 10  # items of a list whose coverage, novelty and diversity are told
 VERSIONS = (
     *('palr_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain'),
     *('transformers', 'tokenizers', 'scann', 'numpy'),
@@ -28,11 +32,6 @@ def alone(fitted: Mapping[str, Any]) -> dict[str, Any]:
     return dict(fitted) if len(fitted) > 1 else {}
 
 
-def full_run(project: Project, system: str) -> Run:
-    """The row of a system that needs no LLM: every test user, ranked over the whole catalogue."""
-    return Run(system, *retrieval.read_ranks(project.workdir / 'retrieval', system, 'test'))
-
-
 def write_report(project: Project, *, ledger: Ledger) -> None:
     """Everything before -> `report/`: metrics.json, report.md and the picture."""
     config, dataset = project.config, project.dataset
@@ -40,27 +39,31 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     comparisons = [Comparison(runs[1], runs[0], 'NDCG@10')]
     parts = [full_run(project, name) for name in alone(dict.fromkeys(config.retrieval.systems))]
     comparisons += [Comparison(runs[1], part, 'NDCG@10') for part in parts]
-    notes, answer_loss = [], None
+    runs += parts
+    notes, held_out = [], None
     timing = {'seconds': ledger.seconds()}
-    if project.scores_path('llm_zero_shot', 'test').exists():
-        sampled, llm, fusion_note = ranked_runs(project, runs)
-        parts += sampled.values()
-        fused, retriever = sampled['fused'], sampled['retriever']
-        comparisons += [Comparison(fused, retriever, m) for m in ('NDCG@10', 'HR@10')]
-        if 'llm' in sampled:
-            comparisons.append(Comparison(sampled['llm'], sampled['llm_zero_shot'], 'NDCG@10'))
-        notes = [*prompt_notes(config), fusion_note]
+    fusion_path = project.workdir / 'ranking' / 'fusion.json'
+    if fusion_path.exists():
+        fusion = storage.read_json(fusion_path)
+        ranked = ranked_runs(project, runs, fusion)
+        runs += ranked.values()
+        comparisons += compared(ranked)
+        of_groups = grouped_runs(project, ranked)
+        runs += of_groups
+        llm = project.llm_scores(fusion['system'], 'test')
+        notes = [*prompt_notes(config), *ranking_notes(project, fusion, llm)]
         timing |= {
-            'users_per_second': len(llm.users) / llm.seconds,
-            'tokens_per_second': llm.computed / llm.seconds,
+            'users_per_second': len(llm.users) / llm.seconds if llm.seconds else None,
+            'tokens_per_second': llm.computed / llm.seconds if llm.seconds else None,
         }
-    loss_path = project.workdir / 'finetune' / 'answer_loss.npz'
+    loss_path = project.workdir / 'finetune' / 'held_out_loss.npz'
     if loss_path.exists():
-        answer_loss = AnswerLoss(**storage.read_arrays(loss_path))
+        what = 'answer' if config.finetune.objective == 'sft' else 'list'
+        held_out = HeldOutLoss(what, **storage.read_arrays(loss_path))
     report = evaluation.build(
         dataset=dataset.record,
         retrieval=storage.read_json(project.workdir / 'retrieval' / 'retrieval.json'),
-        runs=runs + parts,
+        runs=runs,
         comparisons=comparisons,
         timing=timing,
         versions={
@@ -73,57 +76,182 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
         resamples=config.evaluation.resamples,
         ks=config.evaluation.ks,
         notes=notes,
-        answer_loss=answer_loss,
+        held_out=held_out,
+        items=evaluation.item_facts(dataset.split, dataset.catalogue),
     )
     evaluation.write(report, project.workdir / 'report')
 
 
-def ranked_runs(project: Project, full: list[Run]) -> tuple[dict[str, Run], Scores, str]:
-    """The rows over the users whom the LLM ranked, its scores, and how the fusion was weighted."""
-    config, split = project.config.ranking, project.dataset.split
-    fusion = storage.read_json(project.workdir / 'ranking' / 'fusion.json')
-    scores = {
-        name: read_scores(project.scores_path(name, 'test'))
-        for name in dict.fromkeys(('llm_zero_shot', fusion['system']))
-    }
-    llm = scores[fusion['system']]
-    users, targets = llm.users, split.targets('test')[llm.users]
+def full_run(project: Project, system: str) -> Run:
+    """The row of a system that needs no LLM: every test user, ranked over the whole catalogue."""
+    folder, seed = project.workdir / 'retrieval', project.config.seed
+    users, ranks = retrieval.read_ranks(folder, system, 'test')
+    if system not in BASE:  # the members of a mix have no candidates of their own
+        return Run(system, users, ranks)
+    found = retrieval.read_candidates(folder, system, 'test')
+    lists = evaluation.top_items(found.items, found.scores, users, LISTED, seed=seed)
+    return Run(system, users, ranks, lists=lists)
+
+
+def ranked_runs(project: Project, full: list[Run], fusion: dict[str, Any]) -> dict[str, Run]:
+    """The rows over the users whose candidates the LLM ranked, by system.
+
+    Beside the LLM alone and fused: the whole catalogue ranked without it, for the same users, and
+    the controls. Those rank the same candidates without an LLM (`random`, `popularity_reranked`) or
+    fuse the retriever with something else (`fused_…`, see `fusion.py`).
+    """
+    config = project.config
+    users = ranked_users(project, 'test')
     everyone = len(users) == len(full[0].users)
-    user_set = 'all' if everyone else evaluation.sampled(users, project.config.seed)
-    ranks = {run.system: run.ranks.take(np.searchsorted(run.users, users)) for run in full}
-    for name, found in scores.items():
-        ranks[name] = rank_targets(found.items, found.normalized(config.normalize), targets)
-    fused = fuse(
-        retriever_scores(project, llm, 'test'), llm.normalized(config.normalize), fusion['weight']
-    )
-    ranks['fused'] = rank_targets(llm.items, fused, targets)
-    modes = dict.fromkeys(BASE)  # what ranks without the LLM has none
-    runs = {
-        name: Run(name, users, of_users, user_set=user_set, mode=modes.get(name, config.mode))
-        for name, of_users in ranks.items()
+    user_set = 'all' if everyone else evaluation.sampled(users, config.seed)
+    runs = {}
+    for run in full[: len(BASE)]:
+        rows = np.searchsorted(run.users, users)
+        ranks, lists = run.ranks.take(rows), run.lists[rows]
+        runs[run.system] = Run(run.system, users, ranks, user_set=user_set, lists=lists)
+    for system, found in scored_systems(project, fusion).items():
+        rows = np.searchsorted(users, found.users)
+        targets = project.dataset.split.targets('test')[found.users]
+        ranks = rank_targets(found.items, found.scores, targets, found.users)
+        lists = np.full((len(users), LISTED), -1, np.int32)
+        lists[rows] = evaluation.top_items(
+            found.items, found.scores, found.users, LISTED, seed=config.seed
+        )
+        runs[system] = Run(
+            system,
+            users,
+            ranks.spread(rows, len(users)),
+            user_set=user_set,
+            mode=found.mode,
+            objective=found.objective,
+            lists=lists,
+        )
+    return runs
+
+
+class Scored(NamedTuple):
+    """What a system said of its candidates."""
+
+    users: np.ndarray  # [U']
+    items: np.ndarray  # [U', C]
+    scores: np.ndarray  # [U', C]
+    mode: str | None = None  # how the LLM in it ranks
+    objective: str | None = None  # what that LLM was trained on
+
+
+def scored_systems(project: Project, fusion: dict[str, Any]) -> dict[str, Scored]:
+    """All systems that rank the candidates, controls first."""
+    config = project.config
+    mode, objective = config.ranking.mode, {'llm': config.finetune.objective}
+    names = dict.fromkeys(('llm_zero_shot', fusion['system']))
+    found = {name: project.llm_scores(name, 'test') for name in names}
+    alone = {
+        name: Scored(
+            scores.users,
+            scores.items,
+            scores.normalized(config.ranking.normalize),
+            mode,
+            objective.get(name),
+        )
+        for name, scores in found.items()
     }
-    ndcg = dict(fusion['valid_ndcg@10'])
-    note = (
-        f"fused: the retriever's standardised score + {fusion['weight']:g} times that of "
-        f'{fusion["system"]}; the weight is the best of {len(ndcg)} by NDCG@10 on '
-        f'{fusion["valid_users"]} validation users ({ndcg[fusion["weight"]]:.4f}; the retriever '
-        f'alone {ndcg[min(ndcg)]:.4f}).'
+    if project.writes_freely:
+        return alone
+    llm = found[fusion['system']]
+    users, items = llm.users, llm.items
+    constant = np.where(items >= 0, 0.0, -np.inf)
+    systems = {
+        'random': Scored(users, items, constant),
+        'popularity_reranked': Scored(users, items, popularity_scores(project, items)),
+    }
+    base = retriever_scores(project, llm, 'test')
+    fused = {
+        name: Scored(users, items, fuse(base, partner, fusion[name]['weight']))
+        for name, partner in partner_scores(project, llm).items()
+    }
+    fused[LLM] = fused[LLM]._replace(mode=mode, objective=objective.get(fusion['system']))
+    return systems | alone | fused
+
+
+def compared(ranked: dict[str, Run]) -> list[Comparison]:
+    """What a reader of the rows asks first, of those that there are."""
+    asked = (
+        (LLM, 'retriever', 'NDCG@10'),
+        (LLM, 'retriever', 'HR@10'),
+        *((LLM, name, 'NDCG@10') for name in PARTNERS if name != LLM),
+        ('llm', 'llm_zero_shot', 'NDCG@10'),
+        ('llm' if 'llm' in ranked else 'llm_zero_shot', 'random', 'NDCG@10'),
     )
-    return runs, llm, note
+    return [
+        Comparison(ranked[a], ranked[b], metric)
+        for a, b, metric in asked
+        if a in ranked and b in ranked
+    ]
+
+
+def grouped_runs(project: Project, ranked: dict[str, Run]) -> list[Run]:
+    """The rows of groups of users: of the retriever, the LLM before and after, and both fused."""
+    config, split = project.config, project.dataset.split
+    tuned = None
+    if 'llm' in ranked:
+        tuned, _ = split_users(split, config.tasks.users, config.seed)
+    users = ranked['retriever'].users
+    groups = evaluation.user_groups(split, 'test', users, tuned)
+    shown = ('retriever', 'llm_zero_shot', 'llm', LLM)
+    return [
+        row for name in shown if name in ranked for row in evaluation.by_group(ranked[name], groups)
+    ]
+
+
+def ranking_notes(project: Project, fusion: dict[str, Any], llm: Scores | Answers) -> list[str]:
+    """How the fusion was weighed; or what was wrong with what the LLM wrote freely."""
+    if project.writes_freely:
+        shares = llm.shares()
+        return [
+            f'Of the lines that {fusion["system"]} wrote, {shares["invalid"]:.1%} name no item, '
+            f'{shares["repeated"]:.1%} repeat one and {shares["seen"]:.1%} name one of the '
+            f'history; {shares["unanswered"]:.1%} of the users have no valid answer. An invalid '
+            'line takes its place.'
+        ]
+    fused = fusion[LLM]
+    ndcg = dict(fused['valid_ndcg@10'])
+    others = ', '.join(f'{fusion[name]["weight"]:g} of {name}' for name in PARTNERS if name != LLM)
+    notes = [
+        f"fused: the retriever's standardised score + {fused['weight']:g} times that of "
+        f'{fusion["system"]}; the weight is the best of {len(ndcg)} by NDCG@10 on '
+        f'{fusion["valid_users"]} validation users ({ndcg[fused["weight"]]:.4f}; the retriever '
+        f'alone {ndcg[min(ndcg)]:.4f}), on whom nothing of the retriever was chosen. Controls in '
+        f'the same way: {others}.'
+    ]
+    if project.config.ranking.skip_misses:
+        notes.append('Users whose target was not retrieved count as misses and were not scored.')
+    return notes
 
 
 def prompt_notes(config: ConfigDict) -> list[str]:
     """What the reader of a number must know of the prompts behind it."""
-    prompts = config.prompts
-    return [
-        f"The LLM rows rank the retriever's {config.ranking.candidates} best candidates (the "
-        f'paper: 50), from prompts of at most {prompts.history} history items (the paper: 20) and '
-        f'{prompts.length} tokens; a target that was not retrieved is a miss.',
+    prompts, ranking = config.prompts, config.ranking
+    shown = (
+        f"The LLM rows rank the retriever's {ranking.candidates} best candidates (the paper: 50)"
+        if prompts.candidates or ranking.mode != 'generate'
+        else 'The LLM names items of the whole catalogue'
+    )
+    notes = [
+        f'{shown}, from prompts of at most {prompts.history} history items (the paper: 20) and '
+        f'{prompts.length} tokens; a target that is not among them is a miss.',
         f'User profile: {prompts.profile}; an item is shown by its {prompts.item} and answered by '
         f'its {prompts.answer}.',
-        f'The prompt lists the candidates in {prompts.candidate_order} order; the score of a title '
-        f'is its log-likelihood, normalised by {config.ranking.normalize}.',
     ]
+    how = {
+        'generate': 'The model writes up to ten titles, the best first.',
+        'index': 'The score of a candidate is the log-likelihood of its number',
+        'title': 'The score of a candidate is the log-likelihood of its title',
+    }[ranking.mode]
+    if ranking.mode != 'generate':
+        how += f', normalised by {ranking.normalize}.'
+    if prompts.candidates:
+        how += f' The prompt lists the candidates in {prompts.candidate_order} order.'
+    return [*notes, how]
 
 
 def _installed(name: str) -> bool:

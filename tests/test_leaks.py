@@ -69,13 +69,13 @@ def made(config, source, split, folder, parts):
     pipeline.retrieve_candidates(project)
     ours, _ = split_users(split, config.tasks.users, config.seed)
     examples = llm_input.training_examples(project, ours)
-    tokens, users = llm_input.encode_examples(project, ours)
+    tokens = llm_input.encode_examples(project, examples)
     found = {
         'item vectors': retrieval.load_mix(folder / 'retrieval').item_vectors.tolist(),
         'popularity': retrieval.fit_popularity(split, source.catalogue.items).counts.tolist(),
         'examples': examples,
         'profiles of examples': llm_input.example_profiles(project, examples),
-        'fine-tuning': [(user, t.answer, t.tokens.tolist()) for user, t in zip(users, tokens)],
+        'fine-tuning': [(e.user, t.answer, t.tokens.tolist()) for e, t in zip(examples, tokens)],
     }
     for part in parts:
         for system in ('popularity', 'retriever'):

@@ -16,8 +16,8 @@ from palr_jax.evaluation.metrics import (
 from palr_jax.evaluation.render import table
 from palr_jax.evaluation.report import (
     SCHEMA,
-    AnswerLoss,
     Comparison,
+    HeldOutLoss,
     Run,
     build,
     by_group,
@@ -27,8 +27,8 @@ from palr_jax.evaluation.report import (
 
 __all__ = [
     'SCHEMA',
-    'AnswerLoss',
     'Comparison',
+    'HeldOutLoss',
     'ItemFacts',
     'Run',
     'TargetRanks',

@@ -33,6 +33,13 @@ class TargetRanks:
         """The users of `rows`: indices or a mask [U']."""
         return TargetRanks(self.greater[rows], self.ties[rows], self.found[rows])
 
+    def spread(self, rows: np.ndarray, users: int) -> 'TargetRanks':
+        """These users as the `rows` [U'] of so many `users`; all others are misses."""
+        greater, ties = (np.zeros(users, np.int32) for _ in range(2))
+        found = np.zeros(users, bool)
+        greater[rows], ties[rows], found[rows] = self.greater, self.ties, self.found
+        return TargetRanks(greater, ties, found)
+
 
 def rank_targets(
     items: np.ndarray,

@@ -14,7 +14,12 @@ SYSTEMS = {
     'llm_zero_shot': 'LLM zero-shot',
     'llm': 'LLM fine-tuned',
     'fused': 'Fused',
+    'random': 'Candidates in random order',
+    'popularity_reranked': 'Candidates by popularity',
+    'fused_popularity': 'Fused with popularity',
+    'fused_shuffled': 'Fused with shuffled LLM',
 }
+LOSSES = {'answer': ('the answers', 'a token'), 'list': ('the choices', 'a list')}
 DATASETS = {'ml100k': 'MovieLens 100K', 'ml1m': 'MovieLens 1M', 'beauty': 'Amazon Beauty'}
 SPLITS = {'valid': 'Validation', 'test': 'Test'}
 DETAILS = ('variant', 'mode', 'objective')
@@ -153,11 +158,12 @@ def _facts(report: Row) -> list[str]:
             f'search {number(found.get("recall_vs_exact"))}.'
         )
     if report['finetune']:
-        loss = report['finetune']['answer_loss']
+        finetune, loss = report['finetune'], report['finetune']['loss']
+        of_what, unit = LOSSES[finetune['of']]
         facts.append(
-            f'Fine-tuning, {report["finetune"]["users"]} users who gave no example: loss of the '
-            f'answers {number(loss["before"])} before, {number(loss["after"])} after, difference '
-            f'{interval(loss["ci95"]["difference"], SIGNED)} nats a token.'
+            f'Fine-tuning, {finetune["users"]} users who gave no example: loss of {of_what} '
+            f'{number(loss["before"])} before, {number(loss["after"])} after, difference '
+            f'{interval(loss["ci95"]["difference"], SIGNED)} nats {unit}.'
         )
     wrap = textwrap.TextWrapper(width=100, initial_indent='- ', subsequent_indent='  ')
     return [line for fact in [*facts, *report['notes']] for line in wrap.wrap(fact)]
@@ -287,10 +293,11 @@ def _comparison_table(report: Row) -> str:
 
 
 def _finetune_table(finetune: Row) -> str:
-    loss = finetune['answer_loss']
+    loss = finetune['loss']
+    of_what, unit = LOSSES[finetune['of']]
     text = (
-        f'Loss of the answers of {finetune["users"]:,} users ({finetune["examples"]:,} examples) '
-        'that gave no fine-tuning examples, in nats a token; mean over users.'
+        f'Loss of {of_what} of {finetune["users"]:,} users ({finetune["examples"]:,} examples) '
+        f'that gave no fine-tuning examples, in nats {unit}; mean over users.'
     )
     head = ['Before', '95 %', 'After', '95 %', 'Difference', '95 %']
     line = []

@@ -49,12 +49,13 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class AnswerLoss:
+class HeldOutLoss:
     """Loss of held-out examples before and after fine-tuning."""
 
+    of: str  # answer: nats a token of it | list: nats a list of candidates
     users: np.ndarray  # [E] the user of each example
-    before: np.ndarray  # [E] nats an answer token
-    after: np.ndarray  # [E] nats an answer token
+    before: np.ndarray  # [E] nats
+    after: np.ndarray  # [E] nats
 
 
 def sampled(users: np.ndarray, seed: int) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def build(
     resamples: int,
     ks: Iterable[int] = KS,
     notes: Sequence[str] = (),
-    answer_loss: AnswerLoss | None = None,
+    held_out: HeldOutLoss | None = None,
     items: ItemFacts | None = None,
 ) -> dict[str, Any]:
     """Computes `report/metrics.json`.
@@ -107,7 +108,7 @@ def build(
       resamples: draws of each interval and each test.
       ks: further cutoffs of HR@K and NDCG@K beside 1, 5 and 10.
       notes: sentences for the reader (how prompts were shortened, what is special in this run).
-      answer_loss: None where nothing was fine-tuned.
+      held_out: None where nothing was fine-tuned.
       items: of the catalogue; needed where a run has lists.
 
     Returns:
@@ -135,7 +136,7 @@ def build(
         'versions': versions,
         'seed': seed,
         'evaluation': {'resamples': resamples, 'candidates': candidates},
-        'finetune': answer_loss and _answer_loss(answer_loss, resamples, seed),
+        'finetune': held_out and _held_out_loss(held_out, resamples, seed),
         'notes': notes,
     }
     return _plain(report)
@@ -247,7 +248,7 @@ def _compare(
     return row if a.group is None else row | {'group': a.group}
 
 
-def _answer_loss(loss: AnswerLoss, resamples: int, seed: int) -> dict[str, Any]:
+def _held_out_loss(loss: HeldOutLoss, resamples: int, seed: int) -> dict[str, Any]:
     """Means over users of their examples' mean: a user with many examples weighs no more."""
     users, user_of = np.unique(loss.users, return_inverse=True)
     examples = np.stack([loss.before, loss.after, np.subtract(loss.after, loss.before)], 1)
@@ -256,8 +257,8 @@ def _answer_loss(loss: AnswerLoss, resamples: int, seed: int) -> dict[str, Any]:
     by_user = sums / np.bincount(user_of, minlength=len(users))[:, None]
     names = ('before', 'after', 'difference')
     means, intervals = _means(by_user, resamples, seed)
-    return {'users': len(users), 'examples': len(loss.users)} | {
-        'answer_loss': dict(zip(names, means)) | {'ci95': dict(zip(names, intervals))}
+    return {'users': len(users), 'examples': len(loss.users), 'of': loss.of} | {
+        'loss': dict(zip(names, means)) | {'ci95': dict(zip(names, intervals))}
     }
 
 

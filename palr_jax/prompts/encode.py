@@ -102,7 +102,7 @@ class Encoder:
         self._literal = functools.cache(self._encode_literal)
         self._frame = functools.cache(self._encode_frame)
         self._tokens = functools.cache(lambda i, form: self._literal(self._text(i, form)))
-        self._line_break = self._literal('\n')
+        self.line_break = self._literal('\n')
 
     def prompt(
         self,
@@ -140,7 +140,7 @@ class Encoder:
         fixed += self._size(fill['profile']) + self._size(fill['candidates'])
         cut = 0
         if fill['history']:
-            line_break = len(self._line_break)
+            line_break = len(self.line_break)
             newest_first = np.cumsum([len(p) + line_break for p in fill['history'][::-1]])
             room = limit - fixed + line_break  # the last item needs no break after it
             cut = len(newest_first) - int(np.searchsorted(newest_first, room, side='right'))
@@ -204,7 +204,7 @@ class Encoder:
 
     def keyword(self, keyword: str, *, last: bool) -> np.ndarray:
         """[n] int32: a keyword as a line of an answer, with the break that ends it, or with EOS."""
-        end = self.eos if last else self._line_break
+        end = self.eos if last else self.line_break
         return np.concatenate([self._literal(_one_line(keyword)), end])
 
     def _text(self, item: int, form: str) -> str:
@@ -217,13 +217,13 @@ class Encoder:
         return '"' + _one_line(text).replace('"', "'") + '"'
 
     def _lines(self, pieces: Sequence[np.ndarray]) -> list[np.ndarray]:
-        lines = [self._line_break] * (2 * len(pieces) - 1)
+        lines = [self.line_break] * (2 * len(pieces) - 1)
         lines[::2] = pieces
         return lines
 
     def _size(self, pieces: Sequence[np.ndarray]) -> int:
         breaks = max(0, len(pieces) - 1)
-        return sum(map(len, pieces)) + breaks * len(self._line_break)
+        return sum(map(len, pieces)) + breaks * len(self.line_break)
 
     def _encode_literal(self, text: str) -> np.ndarray:
         # Titles and keywords are data: a title that spells a control token stays text.

@@ -140,10 +140,13 @@ def show_query(project: Project, user: int, part: str, task: str | None) -> Show
         items, origin = _candidates(project, user, part, history)
     seed = order_seed(project.config, user)
     prompt, listed = ranking_prompt(project.encoder, prompts, history, profile, items, seed)
+    answer = np.zeros(0, np.int32)  # a target that is not listed has no number
+    if target in listed or not project.encoder.numbered:
+        (answer,) = project.encoder.replies([target], listed)
     return Shown(
         f'user {name}, {part}, {"recommend_retrieval" if prompts.candidates else "recommend"}',
         prompt,
-        project.encoder.reply(target),
+        answer,
         history.tolist(),
         prompts.history,
         profile,

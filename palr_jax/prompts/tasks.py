@@ -131,6 +131,46 @@ def make_examples(
     return examples
 
 
+def relist(
+    examples: Sequence[Example],
+    retrieved: np.ndarray,
+    split: Split,
+    config,
+    *,
+    order: str,
+    seed: int,
+) -> list[Example]:
+    """The examples with retrieved candidates, as the ranking will see them.
+
+    The targets of an example are those of the user's next `config.targets` items that were
+    retrieved; an example without any is left out.
+
+    Args:
+      examples: of the task recommend_retrieval.
+      retrieved: [examples, k] item ids, best first, -1 in unfilled slots; nothing of the past.
+      split: the histories.
+      config: `config.tasks`.
+      order: of the candidates, as in `prompts.candidate_order`.
+      seed: of the shuffled order.
+    """
+    relisted = []
+    for example, row in zip(examples, retrieved):
+        cut = len(example.past)
+        candidates = row[row >= 0]
+        coming = split.train(example.user)[cut : cut + config.targets]
+        targets = coming[np.isin(coming, candidates)]
+        if not len(targets):
+            continue
+        if order == 'shuffled':
+            candidates = np.random.default_rng([seed, 8, example.user, cut]).permutation(candidates)
+        relisted.append(
+            dataclasses.replace(
+                example, candidates=tuple(candidates.tolist()), targets=tuple(targets.tolist())
+            )
+        )
+    return relisted
+
+
 def _example(user, train, cut, catalogue, pairs, config, history, rng) -> Example:
     past = train[:cut].tolist()
     targets = train[cut : cut + config.targets].tolist()

@@ -56,12 +56,29 @@ def fuse(retriever: np.ndarray, llm: np.ndarray, weight: float) -> np.ndarray:
     return np.where(filled, base + weight * np.where(filled, other, 0.0), -np.inf)
 
 
+def shuffle_users(scores: np.ndarray, seed: int) -> np.ndarray:
+    """[U', C] every user's scores are those of another one, slot by slot; a control.
+
+    The other's slots may be filled differently: a score that he lacks is the mean of his others.
+    """
+    filled = np.isfinite(scores)
+    order = np.random.default_rng([seed, 9]).permutation(len(scores))
+    other = np.empty(len(scores), np.int64)
+    other[order] = np.roll(order, 1)  # a single cycle: nobody keeps his own
+    taken = scores[other]
+    known = np.isfinite(taken)
+    count = np.maximum(known.sum(axis=1, keepdims=True), 1)
+    mean = np.where(known, taken, 0.0).sum(axis=1, keepdims=True) / count
+    return np.where(filled, np.where(known, taken, mean), -np.inf)
+
+
 def choose_weight(
     items: np.ndarray,
     retriever: np.ndarray,
     llm: np.ndarray,
     targets: np.ndarray,
     grid: Sequence[float],
+    users: int | None = None,
 ) -> tuple[float, dict[float, float]]:
     """The grid's weight of largest mean NDCG@10 (the smallest of equals), and all the means.
 
@@ -71,6 +88,8 @@ def choose_weight(
       llm: [U', C] their LLM scores.
       targets: [U'] validation targets.
       grid: weights to try; 0 is among them.
+      users: that the means are over, those included whose target was not retrieved and who are
+        not scored; U' if None.
 
     Raises:
       InputError: the grid lacks 0, or there is no validation user.
@@ -82,8 +101,11 @@ def choose_weight(
         )
     if not len(targets):
         raise InputError('There is no validation user to choose the fusion weight on.')
+    users = len(targets) if users is None else users
     means = {
-        weight: float(ndcg(rank_targets(items, fuse(retriever, llm, weight), targets), 10).mean())
+        weight: float(
+            ndcg(rank_targets(items, fuse(retriever, llm, weight), targets), 10).sum() / users
+        )
         for weight in sorted(grid)
     }
     return max(means, key=lambda weight: (means[weight], -weight)), means

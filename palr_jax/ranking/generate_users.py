@@ -134,7 +134,7 @@ def generate_users(
         make_writer(model, lora, dtype, mesh, number=number),
         params,
         [queries[i] for i in todo],
-        encoder.keyword('', last=False),  # the line break alone
+        encoder.line_break,
         number=number,
         batch_size=config.batch_size,
         max_shapes=config.max_shapes,

@@ -11,6 +11,7 @@ from palr_jax.retrieval.candidates import (
     save_ranks,
     target_ranks,
 )
+from palr_jax.retrieval.folds import retrieve_out_of_fold
 from palr_jax.retrieval.index import (
     ItemIndex,
     build_index,
@@ -47,6 +48,7 @@ __all__ = [
     'read_ranks',
     'recall_against_exact',
     'retrieve',
+    'retrieve_out_of_fold',
     'save_candidates',
     'save_index',
     'save_ranks',

@@ -11,8 +11,8 @@ from matplotlib import image
 
 from palr_jax.errors import InputError
 from palr_jax.evaluation import (
-    AnswerLoss,
     Comparison,
+    HeldOutLoss,
     ItemFacts,
     Run,
     build,
@@ -95,8 +95,8 @@ def make_report(runs=None, **changes):
         'candidates': 20,
         'resamples': 200,
         'notes': ('Three prompts were | shortened.',),
-        'answer_loss': AnswerLoss(
-            np.array([1, 1, 2]), np.array([3.0, 1, 4]), np.array([1.0, 1, 1])
+        'held_out': HeldOutLoss(
+            'answer', np.array([1, 1, 2]), np.array([3.0, 1, 4]), np.array([1.0, 1, 1])
         ),
     }
     return build(**settings | changes)
@@ -197,16 +197,18 @@ def test_further_cutoffs_are_added():
     ]
 
 
-def test_answer_loss_weighs_users_alike(report):
+def test_held_out_loss_weighs_users_alike(report):
     """User 1 has examples 3 and 1, user 2 has 4: (2 + 4) / 2 = 3, afterwards 1."""
     finetune = report['finetune']
     assert (finetune['users'], finetune['examples']) == (2, 3)
-    loss = finetune['answer_loss']
+    loss = finetune['loss']
     assert (loss['before'], loss['after'], loss['difference']) == (3, 1, -2)
     assert loss['ci95'] == {'before': [2, 4], 'after': [1, 1], 'difference': [-3, -1]}
-    assert make_report(answer_loss=None)['finetune'] is None
-    diverged = AnswerLoss(np.array([1, 2]), np.array([2.0, 4.0]), np.array([np.nan, 1.0]))
-    loss = make_report(answer_loss=diverged)['finetune']['answer_loss']
+    assert make_report(held_out=None)['finetune'] is None
+    diverged = HeldOutLoss(
+        'answer', np.array([1, 2]), np.array([2.0, 4.0]), np.array([np.nan, 1.0])
+    )
+    loss = make_report(held_out=diverged)['finetune']['loss']
     assert (loss['before'], loss['after'], loss['difference']) == (3, None, None)
 
 

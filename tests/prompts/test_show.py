@@ -112,7 +112,7 @@ def test_a_fine_tuning_example_is_the_one_that_is_learned(inputs, task):
     shown = show_example(project, example.user, task, 1)
     assert shown.targets == example.targets
     assert shown.answer.tolist() == project.encoder.answer(example.targets).tolist()
-    tokens, _ = llm_input.encode_examples(project, [example.user])
+    tokens = llm_input.encode_examples(project, [example])
     assert any(
         np.array_equal(t.tokens, np.concatenate([shown.prompt.tokens, shown.answer]))
         for t in tokens
