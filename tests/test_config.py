@@ -88,12 +88,14 @@ def test_a_misspelt_field_gets_the_nearest_name():
 
 
 def test_more_candidates_than_are_retrieved_are_refused():
-    with pytest.raises(InputError, match=r'at most config\.retrieval\.candidates, which is 50'):
+    with pytest.raises(InputError, match='more cannot be ranked than are retrieved'):
         validate(changed('ranking.candidates', 51))
 
 
 def test_candidates_must_leave_room_for_negatives():
-    with pytest.raises(InputError, match=r'config\.tasks\.candidates is 10; allowed: more than'):
+    with pytest.raises(
+        InputError, match=r'tasks\.candidates is 10 .*: a list of targets alone teaches'
+    ):
         validate(changed('tasks.candidates', 10))
 
 
@@ -108,9 +110,7 @@ def test_a_prompt_without_the_user_is_refused():
 def test_candidates_in_training_alone_are_refused():
     config = default_config()
     config.prompts.candidates = False
-    with pytest.raises(
-        InputError, match=r'allowed without candidates: config\.tasks\.recommend_re'
-    ):
+    with pytest.raises(InputError, match='would list candidates and the ranking would not'):
         validate(config)
     config.tasks.recommend_retrieval = 0.0
     validate(config)

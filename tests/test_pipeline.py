@@ -234,6 +234,82 @@ def test_profiles_by_the_llm_are_made_once_and_serve_every_stage(inputs, tmp_pat
     assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
 
 
+def of_users(report):
+    """The rows over the ranked users, by system."""
+    rows = [run for run in report['runs'] if run['user_set'] != 'all' and 'group' not in run]
+    return {run['system']: run for run in rows}
+
+
+@pytest.mark.slow
+def test_numbers_are_ranked_and_recommended(inputs, tmp_path):
+    config = small_config(inputs)
+    config.prompts.answer = config.ranking.mode = 'index'
+    config.ranking.normalize = 'sum'
+    config.tasks.recommend_retrieval = 1.0
+    report = pipeline.run(config, tmp_path)
+    rows = of_users(report)
+    assert list(rows) == SYSTEMS
+    assert rows['llm']['mode'] == rows['fused']['mode'] == 'index'
+    assert rows['llm']['objective'] == 'sft'
+    assert rows['random']['mode'] is None
+    scores = Project(config, tmp_path).llm_scores('llm', 'test')
+    assert scores.tokens.max() == 3  # '1', '0' and the full stop
+    assert len(np.unique(scores.sums)) > 20
+    catalogue = read(tmp_path / 'data').catalogue
+    assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
+
+
+@pytest.mark.slow
+def test_lists_of_retrieved_candidates_are_learned(inputs, tmp_path):
+    """Out of fold, ranked less the prior, and misses unscored: the same numbers as when scored."""
+    config = small_config(inputs)
+    config.finetune.objective = 'listwise'
+    config.tasks.update({'candidates_from': 'retriever', 'recommend_retrieval': 1.0, 'folds': 2})
+    config.ranking.update({'normalize': 'prior', 'skip_misses': True})
+    report = pipeline.run(config, tmp_path)
+    rows = of_users(report)
+    assert rows['llm']['objective'] == 'listwise'
+    assert report['finetune']['of'] == 'list'
+    project = Project(config, tmp_path)
+    scored = project.llm_scores('llm', 'test')
+    assert len(scored.users) < rows['llm']['users'] == 12
+    targets = project.dataset.split.targets('test')[scored.users]
+    assert (scored.items == targets[:, None]).any(axis=1).all()
+    lists = storage.read_arrays(tmp_path / 'finetune' / 'candidates.npz')
+    assert lists['items'].shape[1] == 6
+    assert {p.name for p in (tmp_path / 'finetune' / 'retrieval').iterdir()} == {'fold_0', 'fold_1'}
+
+    config.ranking.skip_misses = False
+    again = of_users(pipeline.run(config, tmp_path, overwrite=True))
+    for system in SYSTEMS:
+        for metric in ('HR@1', 'HR@10', 'NDCG@10', 'MRR'):
+            if system != 'fused_shuffled':  # other users take part in the shuffle
+                assert again[system][metric] == pytest.approx(rows[system][metric], abs=1e-6)
+    catalogue = read(tmp_path / 'data').catalogue
+    assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
+
+
+@pytest.mark.slow
+def test_the_model_writes_its_ranking(inputs, tmp_path):
+    """Bound to the candidates, then freely; the second run shares data and retriever."""
+    config = small_config(inputs)
+    config.stages = ('data', 'retrieval', 'ranking', 'report')
+    config.ranking.update({'mode': 'generate', 'users': 4, 'valid_users': 4, 'candidates': 6})
+    rows = of_users(pipeline.run(config, tmp_path))
+    assert list(rows) == [system for system in SYSTEMS if system != 'llm']
+    catalogue = read(tmp_path / 'data').catalogue
+    assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
+
+    config.prompts.candidates = False
+    config.tasks.recommend_retrieval = 0.0
+    config.ranking.answer_tokens = 24
+    report = pipeline.run(config, tmp_path, overwrite=True)
+    assert list(of_users(report)) == ['popularity', 'retriever', 'llm_zero_shot']
+    assert any('of the users have no valid answer' in note for note in report['notes'])
+    with pytest.raises(InputError, match='writes freely and ranks no candidates'):
+        recommend(tmp_path, [catalogue.titles[3]], 3)
+
+
 @pytest.mark.slow
 def test_recommend_prints_unseen_titles_best_first(finished):
     workdir, _ = finished

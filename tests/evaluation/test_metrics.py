@@ -8,6 +8,7 @@ import pytest
 
 from palr_jax.errors import InputError
 from palr_jax.evaluation.metrics import (
+    TargetRanks,
     hit_rate,
     ndcg,
     per_user,
@@ -186,3 +187,11 @@ def test_shapes_and_cutoffs_are_checked():
         rank_targets(np.ones((1, 2), int), np.ones((1, 3)), np.ones(1, int))
     with pytest.raises(ValueError, match='cut at rank 1 or later'):
         ndcg(ranked(1), 0)
+
+
+def test_users_who_were_not_ranked_are_misses():
+    """E03: a target that was not retrieved; two of four users were ranked, both first."""
+    ranks = TargetRanks(np.array([0, 0]), np.array([0, 0]), np.array([True, True]))
+    spread = ranks.spread(np.array([1, 3]), 4)
+    assert hit_rate(spread, 1).tolist() == [0, 1, 0, 1]
+    assert spread.take(np.array([3, 1])).found.all()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from palr_jax.errors import InputError
-from palr_jax.ranking.fuse import choose_weight, fuse, standardize
+from palr_jax.ranking.fuse import choose_weight, fuse, shuffle_users, standardize
 
 NONE = -np.inf
 
@@ -103,3 +103,30 @@ def test_a_grid_without_zero_and_no_users_are_refused():
         choose_weight(items, scores, scores, np.array([1]), (0.5,))
     with pytest.raises(InputError, match='no validation user'):
         choose_weight(items[:0], scores[:0], scores[:0], np.zeros(0, int), (0.0,))
+
+
+def test_shuffled_scores_are_somebody_elses():
+    """Slot by slot; a slot that the other lacks has the mean of his others."""
+    scores = np.array([[1.0, 2.0, 3.0], [10.0, 20.0, NONE], [100.0, NONE, NONE]])
+    shuffled = shuffle_users(scores, seed=0)
+    np.testing.assert_array_equal(np.isfinite(shuffled), np.isfinite(scores))
+    full = {1.0: [1, 2, 3], 10.0: [10, 20, 15], 100.0: [100, 100, 100]}
+    for own, row in zip(scores, shuffled):
+        assert row[0] != own[0]
+        np.testing.assert_array_equal(
+            row[np.isfinite(own)], np.array(full[row[0]])[np.isfinite(own)]
+        )
+    many = np.arange(50.0)[:, None] + np.zeros((50, 2))
+    assert sorted(shuffle_users(many, 1)[:, 0]) == sorted(many[:, 0])
+    assert (shuffle_users(many, 1) != many).all()
+    assert not np.array_equal(shuffle_users(many, 1), shuffle_users(many, 2))
+
+
+def test_users_who_are_not_scored_lower_every_mean_alike():
+    items, retriever = np.array([[1, 2], [3, 4]]), np.array([[2.0, 1.0], [2.0, 1.0]])
+    llm, targets = np.array([[1.0, 2.0], [1.0, 2.0]]), np.array([2, 4])
+    some = choose_weight(items, retriever, llm, targets, (0.0, 2.0))
+    of_all = choose_weight(items, retriever, llm, targets, (0.0, 2.0), users=8)
+    assert some[0] == of_all[0] == 2.0
+    assert some[1] == {0.0: pytest.approx(1 / math.log2(3)), 2.0: 1.0}
+    assert of_all[1] == {w: pytest.approx(m / 4) for w, m in some[1].items()}
