@@ -234,6 +234,31 @@ def test_d03_ids_tell_items_of_one_title_apart():
     assert encoder.reply(6).tolist() != encoder.reply(7).tolist()
 
 
+def test_numbered_candidates_are_answered_by_number(tokenizer):
+    """More than 26 and more than 10: no number is the beginning of another; titles may repeat."""
+    encoder = make(tokenizer, answer='index')
+    listed = [6, 7, 1, *[2] * 28]
+    prompt = encoder.prompt('recommend_retrieval', [3], (), listed)
+    text = tokenizer.decode(prompt.tokens.tolist())
+    assert '\n1. "Chasing Amy (1997)"\n2. "Chasing Amy (1997)"\n3. "Heat (1995)"\n4. ' in text
+    assert '\n31. ' in text
+    assert 'Answer with the number of one candidate on each line' in text
+    replies = encoder.replies([1, 7, 6], listed)
+    assert [tokenizer.decode(reply.tolist()).strip() for reply in replies] == ['3.', '2.', '1.']
+    every = [tuple(r.tolist()) for r in make(tokenizer, answer='index').replies(
+        range(1, 11), range(1, 11)
+    )]  # fmt: skip
+    hundred = [tuple(encoder.tokenizer.piece(f'{n}.')) for n in range(1, 101)]
+    assert every == hundred[:10]
+    for a in hundred:
+        assert sum(b[: len(a)] == a for b in hundred) == 1
+    answer = tokenizer.decode(encoder.answer([7, 1], listed).tolist())
+    assert answer.split()[0] == '2.'
+    assert encoder.prompt('recommend_retrieval', [3], (), [6]).spans['candidates'][1] > 0
+    with pytest.raises(KeyError):
+        encoder.replies([9], listed)
+
+
 @pytest.mark.parametrize('style', ['plain', 'alpaca'])
 @pytest.mark.parametrize('spelt', ['', '{bos}', '{bos}{bos}', 'x {bos}'])
 def test_p05_exactly_one_bos(tokenizer, style, spelt, tmp_path):

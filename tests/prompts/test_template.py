@@ -153,3 +153,9 @@ def test_styles_are_those_that_the_config_allows_and_end_a_line():
     """P03: the context ends in a line break, never in a blank."""
     assert tuple(STYLES) == CHOICES['prompts.style']
     assert all(style.after.endswith('\n') for style in STYLES.values())
+
+
+def test_a_template_without_numbers_is_refused_only_where_they_are_needed(tmp_path):
+    template = load_template(write(tmp_path))
+    with pytest.raises(InputError, match=r"no recommend_index\.txt; .*prompts\.answer to 'title'"):
+        template.parts('recommend_index', frozenset())
