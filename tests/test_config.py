@@ -116,6 +116,58 @@ def test_candidates_in_training_alone_are_refused():
     validate(config)
 
 
+@pytest.mark.parametrize(
+    ('fields', 'named'),
+    [
+        ({'prompts.answer': 'index'}, "'index' for both or for none"),
+        ({'ranking.mode': 'index'}, "'index' for both or for none"),
+        (
+            {'prompts.answer': 'index', 'ranking.mode': 'index'},
+            "config.ranking.normalize='sum' or 'prior'",
+        ),
+        (
+            {'prompts.answer': 'index', 'ranking.mode': 'index', 'ranking.normalize': 'sum'},
+            'config.tasks.recommend_retrieval=1',
+        ),
+        ({'finetune.objective': 'listwise'}, 'config.tasks.recommend_retrieval=1'),
+        ({'tasks.candidates_from': 'retriever'}, 'config.tasks.recommend_retrieval=1'),
+        ({'prompts.candidate_order': 'retriever'}, "config.tasks.candidates_from='retriever'"),
+        (
+            {
+                'tasks.candidates_from': 'retriever',
+                'tasks.recommend_retrieval': 1.0,
+                'tasks.targets_at': 'last',
+            },
+            "config.tasks.targets_at='shuffled'",
+        ),
+        (
+            {
+                'tasks.candidates_from': 'retriever',
+                'tasks.recommend_retrieval': 1.0,
+                'tasks.candidates': 51,
+            },
+            'more cannot be listed than are retrieved',
+        ),
+    ],
+)
+def test_values_that_make_no_sense_together_are_refused(fields, named):
+    config = default_config()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(InputError, match=re.escape(named)):
+        validate(config)
+
+
+def test_without_fine_tuning_its_fields_do_not_matter():
+    config = default_config()
+    config.stages = ('data', 'retrieval', 'ranking', 'report')
+    config.prompts.candidate_order = 'retriever'
+    validate(config)
+    config.update_from_flattened_dict(
+        {'prompts.answer': 'index', 'ranking.mode': 'index', 'ranking.normalize': 'prior'}
+    )
+    validate(config)
+
+
 def test_the_open_choices_of_the_paper_have_the_documented_defaults():
     """What the paper leaves open, as docs/prompts.md lists it."""
     tasks = default_config().tasks

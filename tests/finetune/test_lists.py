@@ -203,3 +203,14 @@ def test_a_run_learns_the_choice_and_resumes_to_the_same_bits(base, tmp_path):
     again = train(base, program, choices, config, seed=0, workdir=tmp_path / 'pieces')
     for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(trained), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_c07_probabilities_are_normalised_once(monkeypatch):
+    """C07: of (.05, .001) the first has .980, of (.6, .3) .667: their order is not turned round."""
+    logs = jnp.log(jnp.array([[0.05, 0.001], [0.6, 0.3]]))
+    monkeypatch.setattr('palr_jax.finetune.lists.one_pass_scores', lambda *_, **__: logs)
+    lists = batch_of([draw_choices(2)[1]] * 2)
+    assert lists.filled.all()
+    lists = lists.replace(targets=np.array([[1.0, 0.0]] * 2, np.float32))
+    losses = list_losses({}, lists, Program(MODEL, SPEC, jnp.float32, objective='listwise'))
+    np.testing.assert_allclose(np.exp(-losses), [0.0500 / 0.051, 0.6 / 0.9], rtol=1e-6)
