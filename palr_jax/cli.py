@@ -1,6 +1,7 @@
 """What the entry points share: bad input and Ctrl-C end in one sentence, not in a traceback."""
 
 import errno
+import functools
 import logging as python_logging
 import os
 import sys
@@ -16,13 +17,19 @@ INTERRUPTED = 128 + 2  # what shells expect after Ctrl-C, signal 2
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the flags and runs `main`; exits with BAD_INPUT on what a user can mend."""
+def run(main: Callable[[list[str]], None], within: str = '') -> None:
+    """Parses the flags and runs `main`; exits with BAD_INPUT on what a user can mend.
+
+    Args:
+      main: what to run.
+      within: what stands before the name of every field in --config.FIELD; see `check_name`.
+    """
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.setFormatter(None)  # log lines are for people: no source position
     handler.addFilter(_is_ours_or_a_warning)
-    app.run(lambda argv: _guarded(main, argv), flags_parser=_parse_flags)
+    parser = functools.partial(_parse_flags, within=within)
+    app.run(lambda argv: _guarded(main, argv), flags_parser=parser)
 
 
 def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
@@ -30,9 +37,9 @@ def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], within: str) -> list[str]:
     try:
-        _check_config_flags(argv[1:])
+        _check_config_flags(argv[1:], within)
         arguments = flags.FLAGS(argv)
     except (InputError, flags.Error, TypeError, ValueError, OSError) as error:
         # The last three are what ml_collections lets through of a wrong value.
@@ -41,12 +48,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return arguments
 
 
-def _check_config_flags(arguments: list[str]) -> None:
+def _check_config_flags(arguments: list[str], within: str) -> None:
     """Says what ml_collections would say in a traceback: no such field, no such config file."""
     for argument, following in zip(arguments, [*arguments[1:], '']):
         name, _, value = argument.lstrip('-').partition('=')
         if name.startswith('config.'):
-            check_name(name.removeprefix('config.'))
+            check_name(name.removeprefix('config.'), within)
         elif name == 'config':
             path = (value or following).split(':')[0]
             if not os.path.isfile(path):

@@ -127,10 +127,14 @@ def default_config() -> ConfigDict:
     config.prompts.template = 'movies'  # a folder of palr_jax/prompts/templates or a path
     config.prompts.style = 'chatml'  # plain | alpaca | chatml
     config.prompts.history = 20  # latest items shown, at most; 0 leaves the history out
-    # How an item reads in a prompt: title ("Heat (1995)") | id_title ("B000142FVW (Nail Lacquer)"),
-    # which tells items of one title apart; and in answers, where an id's tokens dominate a score.
+    # oldest_first | newest_first | shuffled (seeded); where a template says "oldest first" it says
+    # that instead. What the LLM makes profiles of stands oldest first always.
+    config.prompts.history_order = 'oldest_first'
+    # How an item reads in a prompt: title ("Heat (1995)") | title_no_year ("Heat") | id_title
+    # ("B000142FVW (Nail Lacquer)"), which tells items of one title apart; and in answers, where an
+    # id's tokens dominate a score.
     config.prompts.item = 'title'
-    # title | id_title | index: candidates are numbered and answered by number
+    # title | title_no_year | id_title | index: candidates are numbered and answered by number
     config.prompts.answer = 'title'
     config.prompts.profile = 'counts'  # none | counts | llm (the base model names two keywords)
     config.prompts.profile_history = 20  # latest items that the LLM reads for a profile
@@ -180,6 +184,8 @@ def default_config() -> ConfigDict:
 
     config.ranking = ConfigDict()
     config.ranking.users = 0  # seeded sample of test users; 0 is all
+    # Of that sample, and of nothing else: runs of several seeds then rank the same users.
+    config.ranking.users_seed = 0
     config.ranking.valid_users = 200  # seeded, for the fusion weight, from the other half; 0 is all
     config.ranking.candidates = 50  # ranked for each user, at most retrieval.candidates
     # title (likelihood of each candidate's answer) | index (the same of its number) | generate (the
@@ -214,8 +220,9 @@ CHOICES = {
     'model.matmul_precision': ('default', 'high', 'highest'),
     'model.remat': tuple(REMAT),
     'prompts.style': ('plain', 'alpaca', 'chatml'),
-    'prompts.item': ('title', 'id_title'),
-    'prompts.answer': ('title', 'id_title', 'index'),
+    'prompts.history_order': ('oldest_first', 'newest_first', 'shuffled'),
+    'prompts.item': ('title', 'title_no_year', 'id_title'),
+    'prompts.answer': ('title', 'title_no_year', 'id_title', 'index'),
     'tasks.candidates_from': ('similar', 'retriever'),
     'finetune.objective': ('sft', 'listwise', 'both'),
     'prompts.profile': ('none', 'counts', 'llm'),
@@ -253,6 +260,7 @@ RANGES = {
     'finetune.weight_decay': (0, math.inf),
     'finetune.held_out': (0, math.inf),
     'ranking.users': (0, math.inf),
+    'ranking.users_seed': (0, 2**31 - 1),
     'ranking.valid_users': (0, math.inf),
     'seed': (0, 2**31 - 1),
 }
@@ -402,9 +410,14 @@ def one_of(choices: Mapping[str, Any], name: str, config: str) -> Any:
     return choices[name]
 
 
-def check_name(field: str) -> None:
-    """Raises InputError, with the nearest name, unless `field` ('finetune.steps') exists."""
-    known = flatten(default_config())
+def check_name(field: str, within: str = '') -> None:
+    """Raises InputError, with the nearest name, unless `field` ('finetune.steps') exists.
+
+    Args:
+      field: its dotted name.
+      within: what stands before every name, such as 'base.' in the config of a study.
+    """
+    known = [within + name for name in flatten(default_config())]
     if field not in known:
         near = difflib.get_close_matches(field, known, n=1, cutoff=0.5)
         hint = (

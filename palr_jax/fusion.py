@@ -53,4 +53,4 @@ def choose_fusion(project: Project, system: str) -> None:
             weight, ndcg = choose_weight(valid.items, base, partner, targets, grid, len(users))
             tried = [[w, value] for w, value in ndcg.items()]
             chosen[name] = {'weight': weight, 'valid_ndcg@10': tried}
-    storage.write_json(project.workdir / 'ranking' / 'fusion.json', chosen)
+    storage.write_json(project.folder('ranking') / 'fusion.json', chosen)

@@ -115,7 +115,7 @@ def with_retrieved(project: Project, examples: Sequence[Example]) -> list[Exampl
 
 
 def _candidates_path(project: Project) -> epath.Path:
-    return project.workdir / 'finetune' / 'candidates.npz'
+    return project.folder('finetune') / 'candidates.npz'
 
 
 def training_examples(project: Project, users: Sequence[int]) -> list[Example]:

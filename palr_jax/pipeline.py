@@ -11,7 +11,7 @@ fine-tuning from its newest checkpoint, ranking from the users scored so far.
 import contextlib
 import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,13 +46,21 @@ from palr_jax.summary import alone, write_report
 SHARED = ('finetune', 'ranking')  # stages of all processes; process 0 does the others alone
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False) -> dict | None:
+def run(
+    config: ConfigDict,
+    workdir: epath.PathLike,
+    *,
+    overwrite: bool = False,
+    shared: bool = False,
+) -> dict | None:
     """Runs the stages that `config.stages` names and that are not finished in `workdir`.
 
     Args:
       config: see `palr_jax/config.py`.
       workdir: where everything is written; the same one continues the run.
       overwrite: redo the stages that a changed config affects, instead of refusing.
+      shared: `workdir` is STUDY/variants/NAME, and the stages are shared with other variants (see
+        `stages.py`); another process that works on the same is waited for.
 
     Returns:
       The report as in report/metrics.json, if that stage was asked for.
@@ -62,13 +70,13 @@ def run(config: ConfigDict, workdir: epath.PathLike, *, overwrite: bool = False)
     """
     validate(config)
     with contextlib.ExitStack() as stack:
-        distributed.by_one(lambda: stack.enter_context(storage.locked(workdir)))
-        return _run(config, workdir, overwrite)
+        distributed.by_one(lambda: stack.enter_context(storage.locked(workdir, wait=shared)))
+        return _run(config, workdir, overwrite, shared)
 
 
-def _run(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict | None:
-    ledger = distributed.in_turn(lambda: Ledger(config, workdir, overwrite))
-    project = Project(config, workdir)
+def _run(config: ConfigDict, workdir: epath.PathLike, overwrite: bool, shared: bool) -> dict | None:
+    ledger = distributed.in_turn(lambda: Ledger(config, workdir, overwrite, shared))
+    project = Project(config, workdir, ledger.folders)
     if not set(SHARED).isdisjoint(config.stages):
         project.check_layout()
     project.check_processes()
@@ -90,24 +98,39 @@ def _run(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict |
             weights = project.checkpoint.fingerprint if reads_model else None
             distributed.barrier(stage)  # what the stage before wrote is there for all
             inputs = ledger.inputs(stage, weights)
-            if distributed.agree(ledger.complete(stage, inputs)):
-                logging.info('%s: finished before', stage)
-                continue
-            if stage == 'retrieval' and not set(SHARED).isdisjoint(config.stages):
-                _ = project.encoder  # a wrong model or template is told now, not after training
-            logging.info('%s: begins', stage)
-            began = ledger.begin(stage, inputs)
-            try:
-                work = functools.partial(run_stage[stage], project)
-                work() if stage in SHARED else distributed.by_one(work)
-            except InputError:
-                ledger.abandon(stage)
-                raise
-            ledger.finish(stage, inputs, began)
+            work = functools.partial(run_stage[stage], project)
+            with contextlib.ExitStack() as stack:
+                claim = functools.partial(stack.enter_context, ledger.claimed(stage))
+                distributed.by_one(claim)
+                _run_stage(project, ledger, stage, inputs, work)
+    ledger.record()
     distributed.barrier('end')
     if 'report' not in config.stages:
         return None
-    return storage.read_json(project.workdir / 'report' / 'metrics.json')
+    return storage.read_json(project.folder('report') / 'metrics.json')
+
+
+def _run_stage(
+    project: Project,
+    ledger: Ledger,
+    stage: str,
+    inputs: Mapping[str, str],
+    work: Callable[[], None],
+) -> None:
+    """Does the `work` of a stage, unless it was done before."""
+    if distributed.agree(ledger.complete(stage, inputs)):
+        logging.info('%s: finished before', stage)
+        return
+    if stage == 'retrieval' and not set(SHARED).isdisjoint(project.config.stages):
+        _ = project.encoder  # a wrong model or template is told now, not after training
+    logging.info('%s: begins', stage)
+    began = ledger.begin(stage, inputs)
+    try:
+        work() if stage in SHARED else distributed.by_one(work)
+    except InputError:
+        ledger.abandon(stage)
+        raise
+    ledger.finish(stage, inputs, began)
 
 
 # --- data -------------------------------------------------------------------------------------
@@ -115,9 +138,9 @@ def _run(config: ConfigDict, workdir: epath.PathLike, overwrite: bool) -> dict |
 
 def prepare_data(project: Project) -> None:
     """Raw files -> `data/`: interactions after the k-core, catalogue, split, counts."""
-    data.save(*load_data(project.config.data), project.workdir / 'data')
+    data.save(*load_data(project.config.data), project.folder('data'))
     started = {'schema': evaluation.SCHEMA, 'dataset': project.dataset.record, 'runs': []}
-    storage.write_json(project.workdir / 'report' / 'metrics.json', started)
+    storage.write_json(project.folder('report') / 'metrics.json', started)
 
 
 # --- retrieval --------------------------------------------------------------------------------
@@ -127,7 +150,7 @@ def retrieve_candidates(project: Project) -> None:
     """`data/` -> `retrieval/`: the retrievers, and what they and popularity say of every user."""
     config, dataset = project.config.retrieval, project.dataset
     split, catalogue = dataset.split, dataset.catalogue
-    folder = project.workdir / 'retrieval'
+    folder = project.folder('retrieval')
     seed, exclude = project.config.seed, config.exclude_history
     tuning, _ = data.validation_halves(split, seed)
     seen = split.validating(tuning)
@@ -212,7 +235,7 @@ def finetune(project: Project) -> None:
             return answer_losses(params, program, held_out, config.finetune.length, mesh)
         return choice_losses(params, program, held_out, mesh)
 
-    settings = {'seed': config.seed, 'workdir': project.workdir, 'mesh': mesh}
+    settings = {'seed': config.seed, 'workdir': project.curves_folder, 'mesh': mesh}
     if config.finetune.full:
         base = project.load_base('float32')
         before = losses(base)  # now: training takes the memory of the base
@@ -229,7 +252,7 @@ def finetune(project: Project) -> None:
             for leaves in (rules.shard(fresh, mesh, model), adapter)
         )
     storage.write_arrays(
-        project.workdir / 'finetune' / 'held_out_loss.npz',
+        project.folder('finetune') / 'held_out_loss.npz',
         users=np.array([example.user for example in lessons.held_out]),
         before=before,
         after=after,
@@ -266,6 +289,9 @@ def rank_users(project: Project) -> None:
     systems = [Llm('llm_zero_shot', project.base, None, ''), *tuned]
     for part in ('valid', 'test'):
         users, items, queries = make_queries(project, part)
+        tokens = [len(query.prompt) for query in queries]
+        path = project.folder('ranking') / f'prompts_{part}.npz'
+        storage.write_arrays(path, users=users, tokens=np.array(tokens, np.int32))
         for llm in systems if part == 'test' else systems[-1:]:
             rank_by(project, llm, part, users, items, queries)
     distributed.by_one(lambda: choose_fusion(project, systems[-1].system))

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from palr_jax.ranking.generate_users import Answers, read_answers
 from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
 from palr_jax.ranking.users import Scores, read_scores
 from palr_jax.retrieval import Candidates
-from palr_jax.stages import flatten, retrieval_reads_texts
+from palr_jax.stages import flatten, retrieval_reads_texts, shared_root, stage_folders
 
 
 def lora_spec(config: ConfigDict) -> lora.LoraSpec:
@@ -52,7 +52,8 @@ def ranked_users(project: 'Project', part: str) -> np.ndarray:
     """
     config, split = project.config, project.dataset.split
     if part == 'test':
-        return sample_users(split.users(part), config.ranking.users, config.seed)
+        ranking = config.ranking
+        return sample_users(split.users(part), ranking.users, ranking.users_seed)
     _, free = data.validation_halves(split, config.seed)
     return np.sort(free[: config.ranking.valid_users or None])
 
@@ -74,14 +75,49 @@ def load_data(config: ConfigDict) -> tuple[data.Source, data.Split]:
 class Project:
     """A config, its workdir, and what several stages read; each thing is read once, when needed."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.PathLike | None):
-        """Without a workdir nothing can be read from it or written; `dataset` may be assigned."""
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.PathLike | None,
+        folders: Mapping[str, epath.Path] | None = None,
+    ):
+        """A run.
+
+        Args:
+          config: of the run.
+          workdir: None: nothing can be read from it or written; `dataset` may be assigned.
+          folders: of the stages, as `Ledger.folders`; None: as the workdir says.
+        """
         self.config = config
         self.workdir = None if workdir is None else epath.Path(workdir)
+        if folders is None and workdir is not None:
+            folders = stage_folders(workdir)
+        self._folders = folders
+
+    def folder(self, stage: str) -> epath.Path:
+        """Where a stage is written; where there is none of it, a folder that does not exist."""
+        return self._folders.get(stage, self.workdir / stage)
+
+    @property
+    def in_study(self) -> bool:
+        """Whether the run is a variant that shares its stages with others."""
+        return self.folder('data') != self.workdir / 'data'
+
+    @property
+    def curves_folder(self) -> epath.Path:
+        """Where fine-tuning keeps its checkpoints and its curves."""
+        return self.folder('finetune') if self.in_study else self.workdir
+
+    @property
+    def profiles_path(self) -> epath.Path | None:
+        """What the LLM said of histories; it serves all variants of a study."""
+        if self.workdir is None:
+            return None
+        return (shared_root(self.workdir) if self.in_study else self.workdir) / 'profiles.json'
 
     @functools.cached_property
     def dataset(self) -> data.Dataset:
-        return data.read(self.workdir / 'data')
+        return data.read(self.folder('data'))
 
     @functools.cached_property
     def checkpoint(self) -> Checkpoint:
@@ -143,6 +179,8 @@ class Project:
             prompts.length,
             prompts.item,
             prompts.answer,
+            prompts.history_order,
+            self.config.seed,
         )
 
     def profiles(self, histories: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
@@ -160,7 +198,7 @@ class Project:
                 self.encoder,
                 config,
                 self._base_scores,
-                path=self.workdir and self.workdir / 'profiles.json',
+                path=self.profiles_path,
                 identity=f'{self.checkpoint.fingerprint} {model.dtype} {model.quantize} '
                 f'{model.matmul_precision}',
             )
@@ -203,7 +241,7 @@ class Project:
         identity = retrieval.hash_items(
             [self.checkpoint.fingerprint, model.dtype, model.quantize, *texts]
         )
-        path = self.workdir / 'retrieval' / 'texts.npz'
+        path = self.folder('retrieval') / 'texts.npz'
         if path.exists():
             stored = storage.read_arrays(path)
             if str(stored['identity']) == identity:
@@ -232,12 +270,12 @@ class Project:
 
     @property
     def adapter_folder(self) -> epath.Path:
-        return self.workdir / 'finetune' / 'adapter'
+        return self.folder('finetune') / 'adapter'
 
     @property
     def model_folder(self) -> epath.Path:
         """What full fine-tuning writes in place of an adapter."""
-        return self.workdir / 'finetune' / 'model'
+        return self.folder('finetune') / 'model'
 
     @property
     def writes_freely(self) -> bool:
@@ -257,12 +295,12 @@ class Project:
         return self.scores_path(f'{system}_prior', part)
 
     def scores_path(self, system: str, part: str) -> epath.Path:
-        return self.workdir / 'ranking' / f'{system}_{part}.npz'
+        return self.folder('ranking') / f'{system}_{part}.npz'
 
 
 def read_candidates(project: Project, part: str) -> Candidates:
     """The retriever's candidates for the users of a split part."""
-    return retrieval.read_candidates(project.workdir / 'retrieval', 'retriever', part)
+    return retrieval.read_candidates(project.folder('retrieval'), 'retriever', part)
 
 
 def retriever_scores(project: Project, scores: Scores, part: str) -> np.ndarray:

@@ -140,7 +140,7 @@ def rank_candidates(
 
 def retrieve_for(project: Project, history: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[C] items for a history from the run's index, best first, and their [C] scores."""
-    folder, config = project.workdir / 'retrieval', project.config
+    folder, config = project.folder('retrieval'), project.config
     of_items = retrieval.hash_items(project.dataset.catalogue.raw_ids)
     found = retrieval.retrieve(
         retrieval.load_index(folder, of_items),

@@ -8,8 +8,14 @@ The same command again continues. A config change that affects a stage begun bef
 the field and the first such stage; `--overwrite` removes that stage and the later ones and redoes
 them. Four things invalidate nothing: which stages are asked for, how results are shown, the devices
 and how the work is laid out on them, and more `finetune.steps`, which continue the same run.
+
+The variants of a study share their stages. Their workdirs are STUDY/variants/NAME; what can be
+shared lies in STUDY/stages/STAGE-HASH, the hash being of that config part and those identities, so
+another config is another folder and nothing has to be refused. `stages.json` in the workdir says
+which folders are the variant's.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -51,22 +57,63 @@ LAYOUT = {
 }
 
 
-class Ledger:
-    """The stages of one workdir under one config."""
+# The stage that each variant of a study has for itself: it tells of all the others.
+UNSHARED = 'report'
+FOLDERS = 'stages.json'
 
-    def __init__(self, config: ConfigDict, workdir: epath.PathLike, overwrite: bool):
+
+def shared_root(workdir: epath.PathLike) -> epath.Path:
+    """Where the variants of a study keep what they share; `workdir` is of one of them."""
+    return epath.Path(workdir).parent.parent / 'stages'
+
+
+def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:
+    """Where the stages of a run lie; of a variant of a study, those that are finished."""
+    workdir = epath.Path(workdir)
+    if not (workdir / FOLDERS).exists():
+        return {stage: workdir / stage for stage in STAGES}
+    names = storage.read_json(workdir / FOLDERS)
+    shared = {stage: shared_root(workdir) / name for stage, name in names.items()}
+    return shared | {UNSHARED: workdir / UNSHARED}
+
+
+class Ledger:
+    """The stages of one workdir under one config.
+
+    Attributes:
+      workdir: of the run.
+      folders: of each stage; of a variant of a study, of those whose inputs are known by now.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: epath.PathLike, overwrite: bool, shared: bool = False
+    ):
         """Checks what `workdir` holds against `config`, and clears what `overwrite` allows.
+
+        Args:
+          config: of the run.
+          workdir: of the run.
+          overwrite: clear what a changed config affects, instead of refusing.
+          shared: the run is a variant of a study; then there is nothing to refuse or to clear.
 
         Raises:
           InputError: a stage begun before depends on a field that has changed.
         """
         self.workdir = epath.Path(workdir)
+        self.folders = {stage: self.workdir / stage for stage in STAGES}
         self._config = config
+        self._shared = shared
+        if shared:
+            self.folders = {UNSHARED: self.folders[UNSHARED]}
+        else:
+            self._check(overwrite)
+
+    def _check(self, overwrite: bool) -> None:
         for stage in STAGES:
             stored = self._read(stage, 'stage.json') or self._read(stage, 'started.json')
             if stored is None:
                 continue
-            change = _first_change(stored, config_part(config, stage))
+            change = _first_change(stored, config_part(self._config, stage))
             if change is None:
                 continue
             later = STAGES[STAGES.index(stage) :]
@@ -82,7 +129,7 @@ class Ledger:
             break
 
     def folder(self, stage: str) -> epath.Path:
-        return self.workdir / stage
+        return self.folders[stage]
 
     def inputs(self, stage: str, weights: str | None = None) -> dict[str, str]:
         """What the stage would be made from: the identities of finished stages, and the weights.
@@ -104,6 +151,11 @@ class Ledger:
                 )
         if weights is not None:
             inputs['weights'] = weights
+        if self._shared:
+            if stage != UNSHARED:
+                name = f'{stage}-{_hash(config_part(self._config, stage), inputs)[:16]}'
+                self.folders[stage] = shared_root(self.workdir) / name
+        elif weights is not None:
             stored = self._read(stage, 'stage.json') or self._read(stage, 'started.json')
             if stored and stored['inputs'].get('weights') != weights:
                 raise InputError(
@@ -111,6 +163,18 @@ class Ledger:
                     f'{self.workdir} was made with; use another workdir.'
                 )
         return inputs
+
+    def claimed(self, stage: str) -> contextlib.AbstractContextManager:
+        """Keeps a shared stage for this process: one variant makes it, the others wait for it."""
+        if not self._shared or stage == UNSHARED:
+            return contextlib.nullcontext()
+        return storage.locked(self.folder(stage), wait=True)
+
+    def record(self) -> None:
+        """Notes which shared folders are this variant's, once all of its stages are finished."""
+        if self._shared:
+            names = {s: folder.name for s, folder in self.folders.items() if s != UNSHARED}
+            storage.write_json(self.workdir / FOLDERS, names)
 
     def complete(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether the stage is finished, and was made from these inputs and this config."""
@@ -127,6 +191,8 @@ class Ledger:
     def abandon(self, stage: str) -> None:
         """Forgets a stage that ended before it wrote anything, so that the config may change."""
         folder = self.folder(stage)
+        if self._shared:
+            return  # the folder is of this config alone
         if [path.name for path in folder.iterdir()] == ['started.json']:
             _remove(folder)
 
@@ -141,8 +207,7 @@ class Ledger:
         return {stage: entry['seconds'] for stage, entry in stored.items() if entry}
 
     def _read(self, stage: str, name: str) -> dict[str, Any] | None:
-        path = self.folder(stage) / name
-        if not path.exists():
+        if stage not in self.folders or not (path := self.folder(stage) / name).exists():
             return None
         stored = storage.read_json(path)
         if stored.get('format') != FORMAT:
@@ -157,12 +222,15 @@ class Ledger:
         stored = self._read(stage, 'stage.json')
         if stored is None:
             return None
-        text = json.dumps([stored['config'], stored['inputs']], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash(stored['config'], stored['inputs'])
 
     def _write(self, stage: str, name: str, inputs: Mapping[str, str], **more: Any) -> None:
         entry = {'format': FORMAT, 'config': config_part(self._config, stage)}
         storage.write_json(self.folder(stage) / name, entry | {'inputs': dict(inputs)} | more)
+
+
+def _hash(part: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps([part, inputs], sort_keys=True).encode()).hexdigest()
 
 
 def retrieval_reads_texts(config: ConfigDict) -> bool:

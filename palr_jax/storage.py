@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from palr_jax.errors import InputError
@@ -39,13 +40,17 @@ def writes() -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: epath.PathLike) -> Iterator[None]:
+def locked(folder: epath.PathLike, *, wait: bool = False) -> Iterator[None]:
     """Keeps a local folder for this process, until the block or the process ends, however it ends.
 
     An object store has no locks: there nobody is kept out.
 
+    Args:
+      folder: made if it is missing.
+      wait: until another process is done with it, instead of refusing.
+
     Raises:
-      InputError: another process has it.
+      InputError: another process has it, or it cannot be written.
     """
     if '://' in os.fspath(folder):
         yield
@@ -61,10 +66,14 @@ def locked(folder: epath.PathLike) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise InputError(
-                f'{folder} is in use by another run ({file.read().strip()}); wait for it, stop it '
-                'or use another workdir.'
-            ) from None
+            who = file.read().strip()
+            if not wait:
+                raise InputError(
+                    f'{folder} is in use by another run ({who}); wait for it, stop it or use '
+                    'another workdir.'
+                ) from None
+            logging.info('%s: waiting for another run (%s)', folder, who)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()

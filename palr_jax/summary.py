@@ -42,7 +42,7 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     runs += parts
     notes, held_out = [], None
     timing = {'seconds': ledger.seconds()}
-    fusion_path = project.workdir / 'ranking' / 'fusion.json'
+    fusion_path = project.folder('ranking') / 'fusion.json'
     if fusion_path.exists():
         fusion = storage.read_json(fusion_path)
         ranked = ranked_runs(project, runs, fusion)
@@ -56,13 +56,13 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
             'users_per_second': len(llm.users) / llm.seconds if llm.seconds else None,
             'tokens_per_second': llm.computed / llm.seconds if llm.seconds else None,
         }
-    loss_path = project.workdir / 'finetune' / 'held_out_loss.npz'
+    loss_path = project.folder('finetune') / 'held_out_loss.npz'
     if loss_path.exists():
         what = 'answer' if config.finetune.objective == 'sft' else 'list'
         held_out = HeldOutLoss(what, **storage.read_arrays(loss_path))
     report = evaluation.build(
         dataset=dataset.record,
-        retrieval=storage.read_json(project.workdir / 'retrieval' / 'retrieval.json'),
+        retrieval=storage.read_json(project.folder('retrieval') / 'retrieval.json'),
         runs=runs,
         comparisons=comparisons,
         timing=timing,
@@ -79,12 +79,12 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
         held_out=held_out,
         items=evaluation.item_facts(dataset.split, dataset.catalogue),
     )
-    evaluation.write(report, project.workdir / 'report')
+    evaluation.write(report, project.folder('report'))
 
 
 def full_run(project: Project, system: str) -> Run:
     """The row of a system that needs no LLM: every test user, ranked over the whole catalogue."""
-    folder, seed = project.workdir / 'retrieval', project.config.seed
+    folder, seed = project.folder('retrieval'), project.config.seed
     users, ranks = retrieval.read_ranks(folder, system, 'test')
     if system not in BASE:  # the members of a mix have no candidates of their own
         return Run(system, users, ranks)
@@ -103,7 +103,7 @@ def ranked_runs(project: Project, full: list[Run], fusion: dict[str, Any]) -> di
     config = project.config
     users = ranked_users(project, 'test')
     everyone = len(users) == len(full[0].users)
-    user_set = 'all' if everyone else evaluation.sampled(users, config.seed)
+    user_set = 'all' if everyone else evaluation.sampled(users, config.ranking.users_seed)
     runs = {}
     for run in full[: len(BASE)]:
         rows = np.searchsorted(run.users, users)

@@ -222,7 +222,7 @@ def markdown(report: Row) -> str:
 
 def _result_table(rows: Sequence[tuple[str, Row]], names: Sequence[str]) -> str:
     body = [[title(label), f'{row["users"]:,}', *_results(row, names)] for label, row in rows]
-    return _table(['System', 'Users', *_result_head(names)], body, left=1)
+    return table_of(['System', 'Users', *_result_head(names)], body, left=1)
 
 
 def _group_table(groups: Mapping[str, list[tuple[str, Row]]]) -> str:
@@ -232,7 +232,7 @@ def _group_table(groups: Mapping[str, list[tuple[str, Row]]]) -> str:
         for group, rows in groups.items()
         for label, row in rows
     ]
-    return _table(['Group', 'System', 'Users', *_result_head(WITH_INTERVAL)], body, left=2)
+    return table_of(['Group', 'System', 'Users', *_result_head(WITH_INTERVAL)], body, left=2)
 
 
 def _groupings(
@@ -269,7 +269,7 @@ def _list_table(rows: Sequence[tuple[str, Row]]) -> str:
         for label, row in rows
         if any(row.get(name) is not None for name in LISTS)  # older reports lack them
     ]
-    return _table(head, body, left=1) if body else ''
+    return table_of(head, body, left=1) if body else ''
 
 
 def _comparison_table(report: Row) -> str:
@@ -289,7 +289,7 @@ def _comparison_table(report: Row) -> str:
                 number(row.get('detectable')),
             ]
         )
-    return _table(head, body, left=2)
+    return table_of(head, body, left=2)
 
 
 def _finetune_table(finetune: Row) -> str:
@@ -303,7 +303,7 @@ def _finetune_table(finetune: Row) -> str:
     line = []
     for name, form in (('before', '.4f'), ('after', '.4f'), ('difference', SIGNED)):
         line += [number(loss[name], form), interval(loss['ci95'][name], form)]
-    return f'{text}\n\n{_table(head, [line], left=0)}'
+    return f'{text}\n\n{table_of(head, [line], left=0)}'
 
 
 def _reading(report: Row) -> str:
@@ -350,7 +350,7 @@ def _properties(values: Row) -> str:
                 lines.append([f'{prefix}{key}', _value(value)])
         return lines
 
-    return _table(['', ''], flat(values, ''), left=2)
+    return table_of(['', ''], flat(values, ''), left=2)
 
 
 def _value(value: Any) -> str:
@@ -361,7 +361,7 @@ def _value(value: Any) -> str:
     return f'{value:,}' if isinstance(value, int) else f'{value:,.4g}'
 
 
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int) -> str:
+def table_of(head: Sequence[str], body: Sequence[Sequence[str]], *, left: int) -> str:
     """A Markdown table whose first `left` columns are flush left and the others right."""
     ruler = [':--' if column < left else '--:' for column in range(len(head))]
     return '\n'.join(

@@ -6,13 +6,14 @@ among the candidates, in the answer), so its tokens are the same in training and
 token spans the join of prompt and answer. The closing quote ends an item, and there is none inside:
 no item's text is the beginning of another's, so `Alien` has no head start over `Aliens`.
 
-An item is shown by its title, or by its raw id and title, which tells items of one title apart;
-answers have a form of their own, as the tokens of an id would outweigh those of a title in a score.
+An item is shown by its title with or without the year, or by its raw id and title, which tells
+items of one title apart; answers have a form of their own, as the tokens of an id would outweigh
+those of a title in a score.
 Or candidates are numbered, and an answer is a number and the full stop after it, which tells 1 from
 the beginning of 12.
 
-When a prompt is longer than allowed, the oldest history goes first. The wording, the profile, the
-candidates and the answer are never cut.
+When a prompt is longer than allowed, the oldest history goes first, in whatever order the rest is
+shown. The wording, the profile, the candidates and the answer are never cut.
 """
 
 import dataclasses
@@ -44,6 +45,15 @@ class Prompt:
     history_cut: int
 
 
+OLDEST_FIRST = 'oldest first'  # as templates say it
+# What they say where the history is shown in another order.
+ORDERS = {
+    'oldest_first': OLDEST_FIRST,
+    'newest_first': 'newest first',
+    'shuffled': 'in no particular order',
+}
+
+
 class _Frame(NamedTuple):
     """Everything but the slots: `wording[0]`, slot 0, `wording[1]`, slot 1, …, `wording[-1]`."""
 
@@ -67,6 +77,8 @@ class Encoder:
         max_length: int,
         item: str = 'title',
         answer: str = 'title',
+        history_order: str = 'oldest_first',
+        seed: int = 0,
     ):
         """The encoder of one kind of prompt.
 
@@ -76,8 +88,10 @@ class Encoder:
           template: the wording.
           style: one of STYLES.
           max_length: the most tokens of a prompt.
-          item: how prompts show an item: 'title' or 'id_title'.
+          item: how prompts show an item: 'title', 'title_no_year' or 'id_title'.
           answer: how answers do, or 'index': by its number in the candidate list.
+          history_order: one of ORDERS; prompts for a profile show the oldest first.
+          seed: of the shuffled order, which depends on the items shown besides.
 
         Raises:
           InputError: there is no such style, or the tokenizer lacks the control tokens of it.
@@ -97,6 +111,7 @@ class Encoder:
         self._template = template
         self._style = STYLES[style]
         self.numbered = answer == 'index'
+        self._order, self._seed = history_order, seed
         self._forms = {'item': item, 'reply': item if self.numbered else answer}
         # Caches of this encoder alone: a cache on the class would keep every encoder alive.
         self._literal = functools.cache(self._encode_literal)
@@ -147,7 +162,7 @@ class Encoder:
             if cut == len(newest_first):  # then its paragraph goes as well
                 shorter = self.prompt(task, (), profile, candidates, max_length)
                 return dataclasses.replace(shorter, history_cut=cut)
-            fill['history'] = fill['history'][cut:]
+            fill['history'] = self._ordered(task, list(history)[cut:], fill['history'][cut:])
         elif fixed > limit:
             raise InputError(
                 f'A prompt may have {limit} tokens here (prompts.length, or finetune.length less '
@@ -207,12 +222,25 @@ class Encoder:
         end = self.eos if last else self.line_break
         return np.concatenate([self._literal(_one_line(keyword)), end])
 
+    def _ordered(
+        self, task: str, items: Sequence[int], pieces: list[np.ndarray]
+    ) -> list[np.ndarray]:
+        """The pieces of a history's items, oldest first, in the order in which they are shown."""
+        if task == PROFILE or self._order == 'oldest_first':
+            return pieces
+        if self._order == 'newest_first':
+            return pieces[::-1]
+        order = np.random.default_rng([self._seed, 8, *map(int, items)]).permutation(len(pieces))
+        return [pieces[place] for place in order]
+
     def _text(self, item: int, form: str) -> str:
         if not 1 <= item <= self.catalogue.items:
             raise ValueError(f'item {item}: allowed are 1 to {self.catalogue.items}.')
         text = self.catalogue.titles[item]
         if form == 'id_title':
             text = f'{self.catalogue.raw_ids[item]} ({text})'
+        if form == 'title_no_year':
+            text = without_year(text, self.catalogue.years[item])
         # A quote inside a title would look like the quote that ends it.
         return '"' + _one_line(text).replace('"', "'") + '"'
 
@@ -242,7 +270,9 @@ class Encoder:
                 slots.append(part.text)
                 texts.append('')
             else:
-                texts[-1] += part.text.replace(spelt, '') if spelt else part.text
+                text = part.text.replace(spelt, '') if spelt else part.text
+                order = 'oldest_first' if task == PROFILE else self._order
+                texts[-1] += text.replace(OLDEST_FIRST, ORDERS[order])
         texts[-1] += self._style.after
 
         first = self.tokenizer.encode(texts[0])
@@ -250,6 +280,12 @@ class Encoder:
             first = [bos, *first]
         rest = [self.tokenizer.piece(text) for text in texts[1:]]
         return _Frame(tuple(slots), tuple(map(_frozen, [first, *rest])))
+
+
+def without_year(title: str, year: int | None) -> str:
+    """'Ghost Town (1995) (V)' -> 'Ghost Town (V)'; a title that is nothing but its year stays."""
+    before, _, after = title.rpartition(f'({year})')
+    return _one_line(before + after) or title
 
 
 def _one_line(text: str) -> str:
