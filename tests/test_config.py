@@ -15,7 +15,11 @@ from palr_jax.errors import InputError
 from palr_jax.stages import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
-CONFIGS = sorted(p for p in (ROOT / 'configs').rglob('*.py') if p.name != '__init__.py')
+CONFIGS = sorted(  # those of studies are read by test_ablate.py
+    p
+    for p in (ROOT / 'configs').rglob('*.py')
+    if p.name != '__init__.py' and (p.parent.name != 'ablations' or p.stem == 'base')
+)
 FIELDS = sorted(flatten(default_config()))
 
 

@@ -6,7 +6,7 @@ import pytest
 from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
 from palr_jax.llama.tokenizer import from_gguf
-from palr_jax.prompts.encode import Encoder
+from palr_jax.prompts.encode import Encoder, without_year
 from palr_jax.prompts.template import STYLES, load_template
 from palr_jax.testing.llama import tiny_tokenizer
 
@@ -460,3 +460,76 @@ def test_shared_tokens_cannot_be_written_to():
         encoder.item(1)[0] = 5
     encoder.prompt('recommend', [1]).tokens[:] = 0  # a prompt is the caller's own
     assert encoder.prompt('recommend', [1]).tokens.any()
+
+
+def shown(encoder, prompt, slot='history'):
+    start, end = prompt.spans[slot]
+    return encoder.tokenizer.decode(prompt.tokens[start:end].tolist()).split('\n')
+
+
+def test_the_newest_item_stands_first_and_the_wording_says_so():
+    encoder = make(TOKENIZERS['byte_level'], history_order='newest_first')
+    prompt = encoder.prompt('recommend', [1, 2, 3])
+    assert shown(encoder, prompt) == ['"Aliens (1986)"', '"Alien (1979)"', '"Heat (1995)"']
+    text = encoder.tokenizer.decode(prompt.tokens.tolist())
+    assert 'watched these movies, newest first:' in text
+    assert 'oldest' not in text
+
+
+@pytest.mark.parametrize('order', ['oldest_first', 'newest_first', 'shuffled'])
+def test_the_oldest_items_are_cut_in_any_order(order):
+    tokenizer = TOKENIZERS['byte_level']
+    whole = make(tokenizer, history_order=order)
+    room = len(whole.prompt('recommend', [2, 3]).tokens)
+    prompt = make(tokenizer, history_order=order, length=room).prompt('recommend', [1, 2, 3])
+    assert prompt.history_cut == 1
+    assert sorted(shown(whole, prompt)) == ['"Alien (1979)"', '"Aliens (1986)"']
+
+
+def test_a_shuffled_history_is_the_same_for_the_same_items_and_seed():
+    history = [1, 2, 3, 4, 5, 6, 8, 9]
+    encoders = [
+        make(TOKENIZERS['byte_level'], history_order='shuffled', seed=seed) for seed in (0, 0, 1)
+    ]
+    first, again, other = (shown(e, e.prompt('recommend', history)) for e in encoders)
+    in_order = make(TOKENIZERS['byte_level'])
+    assert first == again
+    assert len({tuple(first), tuple(other), tuple(history)}) == 3
+    told = shown(in_order, in_order.prompt('recommend', history))
+    assert sorted(first) == sorted(other) == sorted(told)
+    assert first != told
+    text = encoders[0].tokenizer.decode(encoders[0].prompt('recommend', history).tokens.tolist())
+    assert 'movies, in no particular order:' in text
+
+
+def test_a_profile_is_asked_for_with_the_oldest_first():
+    orders = ('oldest_first', 'newest_first', 'shuffled')
+    encoders = [make(TOKENIZERS['byte_level'], history_order=order) for order in orders]
+    texts = {tuple(e.prompt('profile', [1, 2, 3, 4]).tokens.tolist()) for e in encoders}
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(
+    ('title', 'year', 'left'),
+    [
+        ('Heat (1995)', 1995, 'Heat'),
+        ('Ghost Town (1995) (V)', 1995, 'Ghost Town (V)'),
+        ('2001: A Space Odyssey (1968)', 1968, '2001: A Space Odyssey'),
+        ('(1995) (1995)', 1995, '(1995)'),
+        ('(1995)', 1995, '(1995)'),
+        ('unknown', None, 'unknown'),
+    ],
+)
+def test_a_title_without_its_year(title, year, left):
+    assert without_year(title, year) == left
+
+
+def test_items_read_and_are_answered_without_their_years():
+    years = (None, 1995, 1979)
+    items = Catalogue(('', 'a', 'b'), ('', *TITLES[:2]), years, ((),) * 3)
+    form = 'title_no_year'
+    encoder = Encoder(
+        items, TOKENIZERS['byte_level'], load_template('movies'), 'plain', 999, form, form
+    )
+    assert shown(encoder, encoder.prompt('recommend', [1, 2])) == ['"Heat"', '"Alien"']
+    assert encoder.reply_text(2) == '"Alien"'
