@@ -29,7 +29,7 @@ from palr_jax.ranking.generate_users import Answers, read_answers
 from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
 from palr_jax.ranking.users import Scores, read_scores
 from palr_jax.retrieval import Candidates
-from palr_jax.stages import flatten, retrieval_reads_texts, shared_root, stage_folders
+from palr_jax.stages import UNTUNED, flatten, retrieval_reads_texts, shared_root, stage_folders
 
 
 def lora_spec(config: ConfigDict) -> lora.LoraSpec:
@@ -295,7 +295,10 @@ class Project:
         return self.scores_path(f'{system}_prior', part)
 
     def scores_path(self, system: str, part: str) -> epath.Path:
-        return self.folder('ranking') / f'{system}_{part}.npz'
+        folder = self.folder('ranking')
+        if system.startswith('llm_zero_shot'):
+            folder = self._folders.get(UNTUNED, folder)
+        return folder / f'{system}_{part}.npz'
 
 
 def read_candidates(project: Project, part: str) -> Candidates:

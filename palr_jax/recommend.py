@@ -27,6 +27,7 @@ from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.fuse import fuse
 from palr_jax.ranking.score import Query, score_queries
 from palr_jax.ranking.users import Scores, make_query
+from palr_jax.stages import has_stage
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
 HISTORY = flags.DEFINE_string('history', None, 'Titles, oldest first, with | between them.')
@@ -62,14 +63,14 @@ def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[R
       InputError: a title is unknown, or the run is not finished.
     """
     workdir = epath.Path(workdir)
-    if not (workdir / 'ranking' / 'stage.json').exists():
+    if not has_stage(workdir, 'ranking'):
         raise InputError(f'--workdir={workdir} holds no finished run; allowed: one that is ranked.')
     config = restore(storage.read_json(workdir / 'config.json'))
     config.mesh.update({'data': 1, 'fsdp': 1, 'tensor': 1, 'slices': 1})  # one user, one device
     project = Project(config, workdir)
     history = find_items(titles, project.dataset.catalogue)
     items, base_scores = retrieve_for(project, history)
-    fusion = storage.read_json(workdir / 'ranking' / 'fusion.json')
+    fusion = storage.read_json(project.folder('ranking') / 'fusion.json')
     if project.writes_freely:
         raise InputError(
             f'--workdir={workdir}: the LLM of this run writes freely and ranks no candidates; '

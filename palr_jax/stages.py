@@ -59,6 +59,8 @@ LAYOUT = {
 
 # The stage that each variant of a study has for itself: it tells of all the others.
 UNSHARED = 'report'
+# What the untuned model says; it serves all variants that differ in the tuning alone.
+UNTUNED = 'untuned'
 FOLDERS = 'stages.json'
 
 
@@ -75,6 +77,12 @@ def stage_folders(workdir: epath.PathLike) -> dict[str, epath.Path]:
     names = storage.read_json(workdir / FOLDERS)
     shared = {stage: shared_root(workdir) / name for stage, name in names.items()}
     return shared | {UNSHARED: workdir / UNSHARED}
+
+
+def has_stage(workdir: epath.PathLike, stage: str) -> bool:
+    """Whether the run in `workdir` has finished a stage."""
+    folder = stage_folders(workdir).get(stage)
+    return folder is not None and (folder / 'stage.json').exists()
 
 
 class Ledger:
@@ -153,8 +161,10 @@ class Ledger:
             inputs['weights'] = weights
         if self._shared:
             if stage != UNSHARED:
-                name = f'{stage}-{_hash(config_part(self._config, stage), inputs)[:16]}'
-                self.folders[stage] = shared_root(self.workdir) / name
+                self._place(stage, stage, inputs)
+            if stage == 'ranking':
+                untuned = {name: of for name, of in inputs.items() if name != 'finetune'}
+                self._place(UNTUNED, stage, untuned)
         elif weights is not None:
             stored = self._read(stage, 'stage.json') or self._read(stage, 'started.json')
             if stored and stored['inputs'].get('weights') != weights:
@@ -163,6 +173,10 @@ class Ledger:
                     f'{self.workdir} was made with; use another workdir.'
                 )
         return inputs
+
+    def _place(self, name: str, stage: str, inputs: Mapping[str, str]) -> None:
+        hashed = _hash(config_part(self._config, stage), inputs)[:16]
+        self.folders[name] = shared_root(self.workdir) / f'{name}-{hashed}'
 
     def claimed(self, stage: str) -> contextlib.AbstractContextManager:
         """Keeps a shared stage for this process: one variant makes it, the others wait for it."""

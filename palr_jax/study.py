@@ -229,17 +229,17 @@ def run_variant(variant: Variant, workdir: epath.PathLike) -> str | None:
     except Exception as error:
         if jax.process_count() > 1 and not isinstance(error, InputError):
             raise  # the other processes do not know of it
-        sentence = str(error) if isinstance(error, InputError) else _of_bug(error)
-        logging.exception('variant %s failed', variant.name)
+        if isinstance(error, InputError):
+            sentence = str(error)
+            logging.error('variant %s: %s', variant.name, sentence)
+        else:  # a bug: its traceback is wanted, and the other variants are too
+            sentence = f'{type(error).__name__}: {distributed.first_line(error)}'
+            logging.exception('variant %s', variant.name)
         storage.write_json(folder / 'error.json', {'error': sentence})
         return sentence
     if distributed.is_writer():
         (folder / 'error.json').unlink(missing_ok=True)
     return None
-
-
-def _of_bug(error: Exception) -> str:
-    return f'{type(error).__name__}: {distributed.first_line(error)}'
 
 
 # --- what there is ----------------------------------------------------------------------------

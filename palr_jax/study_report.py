@@ -36,6 +36,7 @@ def write(study: Study, workdir: epath.PathLike) -> dict[str, Any]:
             f'finished: {", ".join(gone)}; run them first.'
         )
     check_weights(finished, workdir)
+    alone = variant_folder(workdir, study.base.name) / 'report' / 'metrics.json'
     found = report.build(
         name=study.name,
         base=flatten(study.base.config),
@@ -47,6 +48,7 @@ def write(study: Study, workdir: epath.PathLike) -> dict[str, Any]:
         dataset=_project(study.base, workdir).dataset.record,
         seed=study.base.config.seed,
         resamples=study.base.config.evaluation.resamples,
+        versions=storage.read_json(alone).get('versions', {}) if alone.exists() else {},
     )
     report.write(found, epath.Path(workdir) / 'report')
     return found
@@ -79,16 +81,20 @@ def read_outcome(study: Study, variant: Variant, workdir: epath.PathLike) -> rep
 
 
 def _costs(project: Project) -> dict[str, float | None]:
-    """Prompt tokens of a test user on average; seconds of the session that finished a stage."""
+    """Prompt tokens of a test user on average; seconds of fine-tuning and of ranking the users.
+
+    Fine-tuning: the session that finished it, with the losses before and after.
+    """
     prompts = project.folder('ranking') / 'prompts_test.npz'
-    costs: dict[str, float | None] = {'prompt_tokens': None}
+    costs: dict[str, float | None] = dict.fromkeys(report.COSTS)
     if prompts.exists():
         tokens = storage.read_arrays(prompts)['tokens']
         costs['prompt_tokens'] = float(np.mean(tokens)) if len(tokens) else None
-    for stage in ('finetune', 'ranking'):
-        done = stage in project.config.stages
-        stored = storage.read_json(project.folder(stage) / 'stage.json') if done else {}
-        costs[f'{stage}_seconds'] = stored.get('seconds')
+        system = storage.read_json(project.folder('ranking') / 'fusion.json')['system']
+        costs['ranking_seconds'] = project.llm_scores(system, 'test').seconds
+    if 'finetune' in project.config.stages:
+        stored = storage.read_json(project.folder('finetune') / 'stage.json')
+        costs['finetune_seconds'] = stored['seconds']
     return costs
 
 

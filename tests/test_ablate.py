@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from palr_jax.evaluation import Run, TargetRanks, render
 from palr_jax.evaluation import study as report
 from palr_jax.evaluation.metrics import ndcg
 from palr_jax.evaluation.statistics import holm, randomisation_test, smallest_detectable
-from palr_jax.project import Project
+from palr_jax.project import Project, ranked_users
 from palr_jax.stages import flatten
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
@@ -92,7 +93,10 @@ def of_name(found, name):
 def test_variants_share_every_stage_that_they_have_in_common(finished):
     workdir, found = finished
     stages = [path.name.split('-')[0] for path in sorted((workdir / 'stages').glob('*-*'))]
-    assert stages == ['data', 'finetune', 'finetune', 'ranking', 'ranking', 'ranking', 'retrieval']
+    assert stages == [
+        *('data', 'finetune', 'finetune', 'ranking', 'ranking', 'ranking', 'retrieval'),
+        *('untuned', 'untuned', 'untuned'),
+    ]
     folders = {v['name']: v['folders'] for v in found['variants']}
     assert folders['byte']['finetune'] == folders['base']['finetune']
     assert folders['no_profile']['retrieval'] == folders['base']['retrieval']
@@ -165,6 +169,8 @@ def test_added_variants_run_alone_and_a_failing_one_stops_nothing(finished, base
     }
     assert made <= {'data', 'retrieval', 'finetune', 'ranking'}
     assert len(list(workdir.glob('stages/finetune-*/stage.json'))) == 3  # and not of `sum`
+    # The untuned model's scores serve users_100 too, which differs in the tuning alone.
+    assert len(list(workdir.glob('stages/untuned-*/llm_zero_shot_test.npz'))) == 4
     for name in ('byte', 'no_profile'):
         ours, theirs = (of_name(f, name) for f in (found, finished[1]))
         for role, row in theirs['systems'].items():
@@ -320,6 +326,7 @@ def build(outcomes, **more):
         'dataset': {'name': 'ml100k'},
         'seed': 0,
         'resamples': 500,
+        'versions': {'jax': '1'},
     }
     return report.build(**settings | more)
 
@@ -506,3 +513,17 @@ def test_the_command_refuses_in_one_sentence(tmp_path):
         assert (status, out) == (2, '')
         assert errors == [f'error: config.{field} is not a field; {hint}']
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_of_several_seeds_rank_the_same_users():
+    config = default_config()
+    config.ranking.users = 10
+    split = types.SimpleNamespace(users=lambda part: np.arange(100))
+    projects = []
+    for seed, users_seed in ((0, 0), (5, 0), (0, 5)):
+        config.seed, config.ranking.users_seed = seed, users_seed
+        project = Project(ConfigDict(config), None)
+        project.dataset = types.SimpleNamespace(split=split)
+        projects.append(ranked_users(project, 'test').tolist())
+    assert projects[0] == projects[1]
+    assert projects[0] != projects[2]

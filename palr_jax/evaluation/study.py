@@ -62,6 +62,7 @@ def build(
     dataset: Mapping[str, Any],
     seed: int,
     resamples: int,
+    versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Computes `report/study.json`.
 
@@ -76,6 +77,7 @@ def build(
       dataset: the data stage's record.
       seed: of the bootstrap and the randomisation test.
       resamples: draws of each interval and each test.
+      versions: of the libraries that made the base.
 
     Returns:
       The dict; plain JSON values only, unknown values None.
@@ -104,7 +106,7 @@ def build(
         runs=list(runs.values()),
         comparisons=[Comparison(runs[k], runs[first, k[1]], metric) for k, metric in asked],
         timing={},
-        versions={},
+        versions=versions,
         seed=seed,
         candidates=base['ranking.candidates'],
         resamples=resamples,
@@ -148,6 +150,7 @@ def build(
         'variants': [describe(variant) for variant in order],
         'seed': seed,
         'evaluation': {'resamples': resamples},
+        'versions': built['versions'],
     }
 
 
@@ -223,12 +226,12 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     for variant in report['variants']:
         if variant['status'] != 'finished':
-            lines.append(f'{variant["name"]:<22}{variant["status"]}')
+            lines.append(f'{variant["name"][:21]:<22}{variant["status"]}')
             continue
         for role, row in variant['systems'].items():
             found = row['difference'].get('NDCG@10', {})
             lines.append(
-                f'{variant["name"]:<22}{ROLES[role]:<19}{render.number(row["HR@10"]):>7}'
+                f'{variant["name"][:21]:<22}{ROLES[role]:<19}{render.number(row["HR@10"]):>7}'
                 f'{render.number(row["NDCG@10"]):>9}  '
                 f'{render.interval(row["ci95"]["NDCG@10"]):<18}'
                 f'{render.number(found.get("difference"), render.SIGNED):>8}'
@@ -302,8 +305,9 @@ def _reading(report: Mapping[str, Any]) -> str:
         'Detectable: the true difference that an uncorrected test at 5 % of as many such users '
         'would find 8 times in 10. What is not significant may still be a smaller difference than '
         'this.',
-        'Seconds are those of the session that finished the stage; stages that variants share were '
-        'made once.',
+        'Ranking: seconds in which the LLM of the row scored the test users, compilation included. '
+        'Fine-tuning: seconds of the session that finished it, with the held-out loss before and '
+        'after. What variants share was made once.',
     ]
     return '\n'.join(f'- {line}' for line in lines)
 

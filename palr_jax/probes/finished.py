@@ -17,6 +17,7 @@ from palr_jax.progress import Progress
 from palr_jax.project import Project, sample_users
 from palr_jax.ranking.score import Batch, Query, score_queries
 from palr_jax.ranking.users import read_scores
+from palr_jax.stages import has_stage
 
 SYSTEMS = ('llm', 'llm_zero_shot')  # the tuned model, and the base as it came
 
@@ -123,16 +124,17 @@ def open_run(workdir: epath.PathLike, system: str | None) -> Finished:
       InputError: the run is not finished, or has no tuned model to ask.
     """
     workdir = epath.Path(workdir)
-    if not (workdir / 'ranking' / 'stage.json').exists():
+    if not has_stage(workdir, 'ranking'):
         raise InputError(f'--workdir={workdir} holds no finished run; allowed: one that is ranked.')
     config = restore(storage.read_json(workdir / 'config.json'))
     config.mesh.update({'data': 1, 'fsdp': 1, 'tensor': 1, 'slices': 1})
-    last = storage.read_json(workdir / 'ranking' / 'fusion.json')['system']
+    project = Project(config, workdir)
+    last = storage.read_json(project.folder('ranking') / 'fusion.json')['system']
     if system == 'llm' and last != 'llm':
         raise InputError(
             f'--system=llm: the run in {workdir} tuned no model; allowed: llm_zero_shot.'
         )
-    return Finished(Project(config, workdir), system or last)
+    return Finished(project, system or last)
 
 
 def check_number(flag: str, number: int | None, most: int, of_what: str) -> None:

@@ -15,7 +15,7 @@ from palr_jax.project import Project, load_data, order_seed, read_candidates
 from palr_jax.prompts.encode import Prompt
 from palr_jax.prompts.tasks import split_users
 from palr_jax.ranking.users import ranking_prompt
-from palr_jax.stages import config_part
+from palr_jax.stages import config_part, has_stage
 
 PARTS = ('test', 'valid', 'train')
 NOT_LISTED = 'this task lists none'
@@ -231,9 +231,9 @@ def _candidates(
 
 def _finished(project: Project, stage: str) -> bool:
     """Whether the run has this stage, from the same fields."""
-    if project.workdir is None or not (project.workdir / stage / 'stage.json').exists():
+    if project.workdir is None or not has_stage(project.workdir, stage):
         return False
-    stored = storage.read_json(project.workdir / stage / 'stage.json')['config']
+    stored = storage.read_json(project.folder(stage) / 'stage.json')['config']
     if stored != config_part(project.config, stage):
         raise InputError(
             f'--workdir={project.workdir}: the stage {stage} was run with another config.{stage}; '
