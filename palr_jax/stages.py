@@ -56,7 +56,6 @@ LAYOUT = {
     *('model.remat', 'finetune.accumulate', 'finetune.profile_at', 'finetune.profile_steps'),
 }
 
-
 # The stage that each variant of a study has for itself: it tells of all the others.
 UNSHARED = 'report'
 # What the untuned model says; it serves all variants that differ in the tuning alone.
@@ -105,7 +104,8 @@ class Ledger:
           shared: the run is a variant of a study; then there is nothing to refuse or to clear.
 
         Raises:
-          InputError: a stage begun before depends on a field that has changed.
+          InputError: a stage begun before depends on a field that has changed, or a variant of a
+            study is run by itself.
         """
         self.workdir = epath.Path(workdir)
         self.folders = {stage: self.workdir / stage for stage in STAGES}
@@ -117,6 +117,11 @@ class Ledger:
             self._check(overwrite)
 
     def _check(self, overwrite: bool) -> None:
+        if (self.workdir / FOLDERS).exists():
+            raise InputError(
+                f'{self.workdir} is a variant of a study, which palr_jax.ablate runs; allowed: '
+                'another workdir.'
+            )
         for stage in STAGES:
             stored = self._read(stage, 'stage.json') or self._read(stage, 'started.json')
             if stored is None:

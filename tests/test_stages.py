@@ -4,7 +4,16 @@ import pytest
 
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
-from palr_jax.stages import DEPENDS, LAYOUT, STAGES, Ledger, config_part, flatten
+from palr_jax.stages import (
+    DEPENDS,
+    LAYOUT,
+    STAGES,
+    Ledger,
+    config_part,
+    flatten,
+    has_stage,
+    stage_folders,
+)
 
 
 def finish(workdir, config, stages, overwrite=False, weights='w'):
@@ -133,6 +142,47 @@ def test_other_weights_under_the_same_path_are_refused(tmp_path):
     finish(tmp_path, default_config(), STAGES)
     with pytest.raises(InputError, match=r'config\.model\.path: these are not the weights'):
         Ledger(default_config(), tmp_path, overwrite=False).inputs('finetune', 'others')
+
+
+def shared_ledger(workdir, config):
+    """Runs the empty stages of a variant of the study in `workdir`: (its ledger, those done)."""
+    ledger, done = Ledger(config, workdir, overwrite=False, shared=True), []
+    for stage in STAGES:
+        inputs = ledger.inputs(stage, 'w' if stage in ('finetune', 'ranking') else None)
+        if not ledger.complete(stage, inputs):
+            ledger.finish(stage, inputs, ledger.begin(stage, inputs))
+            done.append(stage)
+    ledger.record()
+    return ledger, done
+
+
+def test_variants_of_a_study_share_what_does_not_tell_them_apart(tmp_path):
+    a, b = (tmp_path / 'variants' / name for name in 'ab')
+    first, done = shared_ledger(a, default_config())
+    assert done == list(STAGES)
+    config = default_config()
+    config.finetune.learning_rate = 1.0
+    second, done = shared_ledger(b, config)
+    assert done == ['finetune', 'ranking', 'report']
+    shared = {name for name in first.folders if first.folders[name] == second.folders[name]}
+    assert shared == {'data', 'retrieval', 'untuned'}
+    assert first.folders['data'].parent == tmp_path / 'stages'
+    assert stage_folders(a) == first.folders
+    assert has_stage(b, 'ranking')
+    assert not has_stage(tmp_path, 'ranking')
+    with pytest.raises(InputError, match=r'is a variant of a study, which palr_jax\.ablate runs'):
+        Ledger(config, b, overwrite=False)
+
+
+def test_a_shared_folder_is_that_of_the_identity_of_its_stage(tmp_path):
+    workdir = tmp_path / 'variants' / 'a'
+    ledger, _ = shared_ledger(workdir, default_config())
+    told = ledger.inputs('ranking', 'w')
+    assert ledger.folders['data'].name == f'data-{told["data"][:16]}'
+    assert ledger.folders['finetune'].name == f'finetune-{told["finetune"][:16]}'
+    other, _ = shared_ledger(tmp_path / 'variants' / 'b', default_config())
+    other.inputs('finetune', 'other weights')
+    assert other.folders['finetune'] != ledger.folders['finetune']
 
 
 def test_a_newer_format_is_refused(tmp_path):
