@@ -7,7 +7,7 @@ from etils import epath
 
 from palr_jax import storage
 from palr_jax.errors import InputError
-from palr_jax.evaluation import Run
+from palr_jax.evaluation import Run, item_facts
 from palr_jax.evaluation import study as report
 from palr_jax.project import Project
 from palr_jax.stages import flatten
@@ -36,6 +36,7 @@ def write(study: Study, workdir: epath.PathLike) -> dict[str, Any]:
             f'finished: {", ".join(gone)}; run them first.'
         )
     check_weights(finished, workdir)
+    dataset = _project(study.base, workdir).dataset
     alone = variant_folder(workdir, study.base.name) / 'report' / 'metrics.json'
     found = report.build(
         name=study.name,
@@ -45,10 +46,11 @@ def write(study: Study, workdir: epath.PathLike) -> dict[str, Any]:
         failed=failed,
         order=[variant.name for variant in study.variants],
         changes={variant.name: variant.changes for variant in study.variants},
-        dataset=_project(study.base, workdir).dataset.record,
+        dataset=dataset.record,
         seed=study.base.config.seed,
         resamples=study.base.config.evaluation.resamples,
         versions=storage.read_json(alone).get('versions', {}) if alone.exists() else {},
+        items=item_facts(dataset.split, dataset.catalogue),
     )
     report.write(found, epath.Path(workdir) / 'report')
     return found

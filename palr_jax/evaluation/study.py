@@ -16,6 +16,7 @@ from palr_jax import storage
 from palr_jax.errors import InputError
 from palr_jax.evaluation import render, statistics, study_chart
 from palr_jax.evaluation import report as single
+from palr_jax.evaluation.lists import ItemFacts
 from palr_jax.evaluation.report import Comparison, Run
 
 SCHEMA = 1
@@ -63,6 +64,7 @@ def build(
     seed: int,
     resamples: int,
     versions: Mapping[str, str],
+    items: ItemFacts | None = None,
 ) -> dict[str, Any]:
     """Computes `report/study.json`.
 
@@ -78,6 +80,7 @@ def build(
       seed: of the bootstrap and the randomisation test.
       resamples: draws of each interval and each test.
       versions: of the libraries that made the base.
+      items: of the catalogue; needed where a run has lists.
 
     Returns:
       The dict; plain JSON values only, unknown values None.
@@ -110,6 +113,7 @@ def build(
         seed=seed,
         candidates=base['ranking.candidates'],
         resamples=resamples,
+        items=items,
     )
     rows = dict(zip(runs, built['runs']))
     compared = dict(zip(asked, built['comparisons']))
