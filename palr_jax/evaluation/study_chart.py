@@ -58,8 +58,12 @@ def metrics(report: Mapping[str, Any]) -> bytes:
 
 
 def cost(report: Mapping[str, Any]) -> bytes:
-    """PNG: NDCG@10 of the fused system, or of the best that there is, against two costs."""
+    """PNG: NDCG@10 of the fused system, else of the LLM or the retriever, against two costs.
+
+    Variants are numbered; the base is number 1 and dark.
+    """
     variants = _finished(report)
+    names = [variant['name'] for variant in report['variants']]
     role = next(
         r for r in reversed(SHOWN) if any(r in v['systems'] for v in variants)
     )  # fused, LLM, retriever
@@ -78,33 +82,38 @@ def cost(report: Mapping[str, Any]) -> bytes:
             for v in variants
             if role in v['systems'] and of(v['costs']) is not None
         ]
-        for number, (x, row, name) in enumerate(points):
+        for x, row, name in points:
             mean, bounds = row['NDCG@10'], row['ci95']['NDCG@10']
-            base = name == report['variants'][0]['name']
             panel.plot([x, x], bounds, color=COLOURS[role], linewidth=1.2, alpha=0.5)
             panel.plot(
                 x,
                 mean,
-                marker=MARKERS[role],
-                markersize=7,
-                color=COLOURS[role],
-                markerfacecolor='white' if base else COLOURS[role],
-                markeredgewidth=1.8,
+                marker='o',
+                markersize=13,
+                linestyle='none',
+                color=INK if name == names[0] else COLOURS[role],
+                label=f'{names.index(name) + 1}  {name.replace("_", " ")}',
             )
             panel.annotate(
-                name.replace('_', ' '),
+                str(names.index(name) + 1),
                 (x, mean),
-                xytext=(7, 5 if number % 2 else -11),
-                textcoords='offset points',
+                ha='center',
+                va='center_baseline',
                 fontsize=8,
-                color=INK,
-                parse_math=False,
+                color='white',
             )
         panel.set_xlabel(title)
-        panel.margins(x=0.18)
-        panel.set_xlim(left=0)
+        panel.set_xlim(0, 1.1 * max([x for x, _, _ in points], default=0) or 1)
         panel.xaxis.set_major_locator(MaxNLocator(6))
         _plain(panel, 'both')
+    panels[-1].legend(
+        frameon=False,
+        fontsize=9,
+        loc='upper left',
+        bbox_to_anchor=(1, 1),
+        handlelength=0,
+        markerscale=0,
+    )
     panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel(f'NDCG@10, {SHOWN[role]} (95 % interval)')
     return _png(figure, report)
