@@ -25,9 +25,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from palr_jax.errors import InputError
 from palr_jax.finetune import input as finetune_input
 from palr_jax.finetune.checkpoints import Checkpoints
-from palr_jax.finetune.input import Rows, Tokens
+from palr_jax.finetune.input import MAX_SHAPES, Rows, Tokens
 from palr_jax.finetune.lists import (
-    MAX_SHAPES,
     ROW_LENGTH,
     Choice,
     ListBatches,
@@ -280,6 +279,11 @@ def make_source(
     Raises:
       InputError: there is no example, or one is too long.
     """
+    if program.objective == 'sft' and not config.pack:
+        grouped = finetune_input.GroupedRows(
+            examples, config.length, config.batch_size, config.steps, seed
+        )
+        return grain.MapDataset.source(grouped)
     if program.objective == 'sft':
         number = config.steps * config.batch_size
         rows = finetune_input.PackedRows(examples, config.length, number, seed)

@@ -19,11 +19,13 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from palr_jax.llama import splash
 
 SPLASH_TOKENS = 1024  # rows at least as long go through the splash kernel on TPUs
 BLOCKS, LEAST_BLOCK = 4, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
+ATTENDED = 'attended'  # what the backward pass of the attention wants of the forward pass
 MASKED = -1e30  # finite: a row that is masked everywhere has a mean, not NaN
 
 
@@ -74,7 +76,7 @@ class OnePass:
         query = query[:, L:].reshape(B, R, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)
         over_prompt = _logits(query.reshape(B, K, R * G * S, E), key[:, :, :L])
         over_row = _logits(query.reshape(B, K, R, G * S, E), row_key)
-        (prompt_weights, row_weights), total = _exponentials(
+        (prompt_weights, row_weights), total, _ = _exponentials(
             jnp.where(
                 self.prompt[:, None, None, None, None],
                 over_prompt.reshape(B, K, R, G, S, L),
@@ -123,7 +125,7 @@ class Cached:
         query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4)
         logits = _logits(query.reshape(B, K, G * T, E), key).reshape(B, K, G, T, self.size)
         mask = jnp.arange(self.size) <= self.positions[:, None, None, :, None]
-        (weights,), total = _exponentials(jnp.where(mask, logits, MASKED))
+        (weights,), total, _ = _exponentials(jnp.where(mask, logits, MASKED))
         mean = _weigh(weights.reshape(B, K, G * T, self.size), value)
         mean = (mean.reshape(B, K, G, T, E) / total).astype(value.dtype)
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
@@ -146,21 +148,67 @@ def by_blocks(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
     """
     B, T, H, E = query.shape
     K = key.shape[2]
-    G = H // K
+    query = query.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     size = max(LEAST_BLOCK, -(-T // BLOCKS))
     blocks = []
     for start in range(0, T, size):
         stop = min(start + size, T)
-        n = stop - start
-        block = query[:, start:stop].reshape(B, n, K, G, E).transpose(0, 2, 3, 1, 4)
-        logits = _logits(block.reshape(B, K, G * n, E), key[:, :, :stop])
         mask = _causal_mask(segments, start, stop)[:, None, None]
-        (weights,), total = _exponentials(jnp.where(mask, logits.reshape(B, K, G, n, stop), MASKED))
-        mean = _weigh(weights.reshape(B, K, G * n, stop), value[:, :, :stop])
-        mean = (mean.reshape(B, K, G, n, E) / total).astype(value.dtype)
-        blocks.append(mean.transpose(0, 3, 1, 2, 4).reshape(B, n, H, E))
-    return jnp.concatenate(blocks, axis=1)
+        block = query[:, :, :, start:stop]
+        blocks.append(_attend(block, key[:, :, :stop], value[:, :, :stop], mask))
+    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
+
+
+@jax.custom_vjp
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+    """query [B, K, G, Q, E], key and value [B, K, T, E], mask [B, 1, 1, Q, T] -> as query.
+
+    No query is fully masked. The backward pass has the weights again from the logits and their
+    log-sum-exp in one sweep (Dao et al., 2022, appendix B), where differentiating the softmax step
+    by step needs its maximum and sums again and keeps or recomputes every array between.
+    """
+    return _attend_forward(query, key, value, mask)[0]
+
+
+def _attend_forward(query, key, value, mask):
+    (weights,), total, largest = _exponentials(_masked_logits(query, key, mask))
+    out = (_weigh(_folded(weights), value).reshape(query.shape) / total).astype(value.dtype)
+    # Named for `llama.model.REMAT`, which keeps both instead of running this again.
+    out = checkpoint_name(out, ATTENDED)
+    norm = checkpoint_name(largest + jnp.log(total), ATTENDED)
+    return out, (query, key, value, mask, out, norm)
+
+
+def _attend_backward(kept, out_bar):
+    query, key, value, mask, out, norm = kept
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    weights = jnp.exp(_masked_logits(query, key, mask) - norm)
+    inner = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    queries, out_bar = _folded(query), _folded(out_bar)
+    weights_bar = dot('...qe,...te->...qt', out_bar, value).reshape(weights.shape)
+    logits_bar = (weights * (weights_bar - inner) * query.shape[-1] ** -0.5).astype(query.dtype)
+    weights, logits_bar = _folded(weights.astype(value.dtype)), _folded(logits_bar)
+    query_bar = dot('...qt,...te->...qe', logits_bar, key).reshape(query.shape)
+    # [E, T], not [T, E]: two thirds of the time on a CPU.
+    key_bar = dot('...qt,...qe->...et', logits_bar, queries).swapaxes(-1, -2)
+    value_bar = dot('...qt,...qe->...et', weights, out_bar).swapaxes(-1, -2)
+    bars = zip((query_bar, key_bar, value_bar), (query, key, value))
+    return *(bar.astype(x.dtype) for bar, x in bars), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _masked_logits(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """Shapes as in `_attend` -> [B, K, G, Q, T] float32."""
+    logits = _logits(_folded(query), key).reshape(*query.shape[:-1], -1)
+    return jnp.where(mask, logits, MASKED)
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """[B, K, G, Q, …] -> [B, K, G*Q, …]."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _causal_mask(segments: jax.Array, start: int, stop: int) -> jax.Array:
@@ -175,12 +223,13 @@ def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
     return dots * query.shape[-1] ** -0.5
 
 
-def _exponentials(*logits: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """The numerators of one softmax over the last axes of all `logits`, and its denominator."""
+def _exponentials(*logits: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """The numerators of one softmax over the last axes of all `logits`, its denominator, and the
+    largest logit, which the numerators are relative to."""
     largest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in logits])
     largest = jax.lax.stop_gradient(largest)
     numerators = [jnp.exp(x - largest) for x in logits]
-    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators)
+    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators), largest
 
 
 def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:

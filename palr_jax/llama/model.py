@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from palr_jax.llama import quantize
-from palr_jax.llama.attention import Cached, Causal
+from palr_jax.llama.attention import ATTENDED, Cached, Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES, constrain, row_shards
@@ -29,11 +29,14 @@ Rotation = tuple[jax.Array, jax.Array]
 ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # as PEFT
 LOGIT_CHUNK = 256  # scored tokens whose logits [chunk, V] exist at one time, on each device
 # What the backward pass keeps of a layer, by the name in `config.model.remat`; the rest it computes
-# again. Without the outputs of the attention and of everything elementwise it needs a quarter of
-# the memory for no measurable time; with the layer's input alone a tenth, for a third more work.
+# again. Without the results of everything elementwise it needs less memory for no measurable time;
+# with the layer's input alone a tenth, for a third more work.
 REMAT = {
     'none': jax.checkpoint_policies.everything_saveable,
-    'projections': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'projections': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 

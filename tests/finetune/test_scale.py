@@ -37,6 +37,7 @@ SETTINGS = {
     'checkpoint_every': 4,
     'profile_at': 0,
     'profile_steps': 3,
+    'pack': True,
 }
 
 

@@ -66,6 +66,43 @@ def test_causal_attention_equals_numpy(T):
         )
 
 
+@pytest.mark.parametrize('T', [7, 300])
+def test_the_gradient_of_causal_attention_is_that_of_a_plain_softmax(T):
+    """Its backward pass is written by hand; here is what JAX makes of the definition."""
+    query, key, value = draw_heads(T)
+    weight = draw_heads(T, seed=2)[0]
+    segments = np.sort(np.random.default_rng(1).integers(0, 4, (2, T)))[:, ::-1]
+    mask = np.tri(T, dtype=bool) & (segments[:, :, None] == segments[:, None])
+
+    def plain(query, key, value):
+        key, value = (jnp.repeat(x, 3, axis=2) for x in (key, value))
+        scores = jnp.einsum('bqhe,bthe->bhqt', query, key) / math.sqrt(query.shape[-1])
+        shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+        return jnp.einsum('bhqt,bthe->bqhe', shares, value)
+
+    plan = Causal(jnp.asarray(segments))
+    found, expected = (
+        jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) * weight), (0, 1, 2)))(query, key, value)
+        for f in (lambda *x: plan(*x), plain)
+    )
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_backward_pass_does_not_attend_again(params):
+    """The maximum of the logits is taken once, on the way forward; with no memory, twice."""
+    tokens = jnp.ones((1, 9), jnp.int32)
+    maxima = {}
+    for remat in ('projections', 'full'):
+        model = Llama(CONFIG, remat=remat)
+
+        def loss(params, model=model):
+            return model.apply({'params': params}, tokens, tokens, Causal(tokens)).sum()
+
+        maxima[remat] = str(jax.make_jaxpr(jax.grad(loss))(params)).count('reduce_max')
+    assert maxima == {'projections': 1, 'full': 2}
+
+
 def test_one_pass_attention_equals_numpy_under_one_mask():
     L, R, S = 9, 2, 6
     query, key, value = draw_heads(L + R * S)
