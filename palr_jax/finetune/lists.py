@@ -25,7 +25,15 @@ from palr_jax.errors import InputError
 from palr_jax.finetune.input import MAX_SHAPES, plan_steps
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.tasks import Example
-from palr_jax.ranking.score import Batch, Query, Shape, make_batch, one_pass_scores, plan_groups
+from palr_jax.ranking.score import (
+    Batch,
+    Query,
+    Shape,
+    make_batch,
+    one_pass_scores,
+    plan_groups,
+    useful_tokens,
+)
 
 ROW_LENGTH = 64  # tokens of a packed candidate row, at least
 
@@ -45,7 +53,7 @@ class Choice:
     @property
     def tokens(self) -> int:
         """Useful tokens of the list: prompt and answer inputs."""
-        return len(self.query.prompt) + sum(len(answer) - 1 for answer in self.query.candidates)
+        return useful_tokens(self.query)
 
 
 @flax.struct.dataclass

@@ -73,25 +73,27 @@ class OnePass:
 
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         row_key, row_value = (x[:, :, L:].reshape(B, K, R, S, E) for x in (key, value))
+        # No mask over all logits for the sake of the prompt's padding: its keys repeat the first
+        # one, so the largest logit stays as it is, and its values and weights are multiplied by 0.
+        real = self.prompt[:, None, :, None]
+        prompt_key = jnp.where(real, key[:, :, :L], key[:, :, :1])
+        prompt_value = jnp.where(real, value[:, :, :L], 0)
+        counted = jnp.broadcast_to(real, (B, K, L, 1)).astype(value.dtype)
+
         query = query[:, L:].reshape(B, R, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)
-        over_prompt = _logits(query.reshape(B, K, R * G * S, E), key[:, :, :L])
+        over_prompt = _logits(query.reshape(B, K, R * G * S, E), prompt_key)
         over_row = _logits(query.reshape(B, K, R, G * S, E), row_key)
-        (prompt_weights, row_weights), total, _ = _exponentials(
-            jnp.where(
-                self.prompt[:, None, None, None, None],
-                over_prompt.reshape(B, K, R, G, S, L),
-                MASKED,
-            ),
-            jnp.where(
-                _causal_mask(self.rows, 0, S)[:, None, :, None],
-                over_row.reshape(B, K, R, G, S, S),
-                MASKED,
-            ),
+        own = _causal_mask(self.rows, 0, S)[:, None, :, None]
+        over_row = jnp.where(own, over_row.reshape(B, K, R, G, S, S), MASKED)
+        (prompt_weights, row_weights), _, _ = _exponentials(
+            over_prompt, over_row.reshape(B, K, R * G * S, S)
         )
-        from_prompt = _weigh(prompt_weights.reshape(B, K, R * G * S, L), value[:, :, :L])
+        # A sum as a product: XLA's CPU backend is faster at it.
+        total = _weigh(prompt_weights, counted) + row_weights.sum(axis=-1, keepdims=True)
+        from_prompt = _weigh(prompt_weights, prompt_value)
         from_row = _weigh(row_weights.reshape(B, K, R, G * S, S), row_value)
-        of_rows = from_prompt.reshape(B, K, R, G, S, E) + from_row.reshape(B, K, R, G, S, E)
-        of_rows = (of_rows / total).astype(value.dtype).transpose(0, 2, 4, 1, 3, 5)
+        of_rows = (from_prompt + from_row.reshape(from_prompt.shape)) / total
+        of_rows = of_rows.astype(value.dtype).reshape(B, K, R, G, S, E).transpose(0, 2, 4, 1, 3, 5)
         return jnp.concatenate([of_prompt, of_rows.reshape(B, R * S, H, E)], axis=1)
 
 

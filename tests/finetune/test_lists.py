@@ -150,7 +150,9 @@ def test_an_epoch_holds_every_list_and_batches_are_a_function_of_seed_and_step()
         batch = longer[step].batch
         L = batch.prompt.shape[1]
         seen |= {row[:L][mask].tobytes() for row, mask in zip(batch.tokens, batch.prompt)}
-    assert seen == prompts
+    # Behind a prompt may stand what all its answers begin with.
+    assert len(seen) == len(prompts)
+    assert all(any(row.startswith(prompt) for row in seen) for prompt in prompts)
     other = ListBatches(choices, 3, 6, 1, 512)
     assert any(
         longer[step].batch.tokens.tobytes() != other[step].batch.tokens.tobytes()
