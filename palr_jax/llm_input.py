@@ -180,9 +180,13 @@ def make_queries(
         'items cut to keep to %d tokens',
         len(users),
         part,
-        np.mean([len(query.prompt) for query in queries]),
-        np.mean([len(answer) for query in queries for answer in query.candidates]),
+        _mean([len(query.prompt) for query in queries]),
+        _mean([len(answer) for query in queries for answer in query.candidates]),
         cut,
         config.prompts.length,
     )
     return users, items, queries
+
+
+def _mean(sizes: list[int]) -> float:
+    return sum(sizes) / max(1, len(sizes))

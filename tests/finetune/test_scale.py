@@ -221,5 +221,5 @@ def test_codes_are_not_trained():
     config = configs.default_config()
     config.finetune.full = True
     config.model.quantize = 'int8'
-    with pytest.raises(InputError, match=r"full fine-tuning: config\.model\.quantize='none'"):
+    with pytest.raises(InputError, match=r"in full fine-tuning config\.model\.quantize='none'"):
         configs.validate(config)
