@@ -10,27 +10,24 @@ from ml_collections import config_flags
 
 from palr_jax import cli, config_docs
 from palr_jax.config import CHOICES, MEMBERS, default_config, validate
-from palr_jax.errors import BAD_INPUT
+from palr_jax.errors import BAD_INPUT, InputError
 from palr_jax.stages import flatten
 
 ROOT = pathlib.Path(__file__).parent.parent
+# How ml_collections reads a config file.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')
 DEFAULTS = flatten(default_config())
 PAGE = (ROOT / 'docs' / 'config.md').read_text()
 
 
-@pytest.fixture(scope='module')
-def config_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp('configs') / 'defaults.py'
-    path.write_text('from palr_jax.config import default_config as get_config\n')
-    return path
-
-
 @pytest.fixture
-def parse(config_file, monkeypatch, capsys):
+def parse(tmp_path, monkeypatch, capsys):
     """Parses a command line as the programs do; (config, '') or (None, the error's sentence)."""
+    file = tmp_path / 'defaults.py'
+    file.write_text('from palr_jax.config import default_config as get_config\n')
 
     def run(*arguments):
-        argv = ['main', f'--config={config_file}', *arguments]
+        argv = ['main', f'--config={file}', *arguments]
         holder = flags.FlagValues()
         monkeypatch.setattr(flags, 'FLAGS', holder)  # what cli fills; each call is a new program
         monkeypatch.setattr(sys, 'argv', argv)  # the fields' flags are made from it
@@ -96,9 +93,8 @@ def test_every_field_refuses_a_wrong_type_in_one_sentence(field, parse):
     if isinstance(default, bool | int | float):
         assert error.endswith(f'a value of type {type(default).__name__}.')
     if type(default) is int:
-        for text in ('1.5', '1e3', 'True', 'None', ''):
-            _, error = parse(f'--config.{field}={text}')
-            assert error == f'config.{field}={text}; allowed: a value of type int.'
+        _, error = parse(f'--config.{field}=1.5')
+        assert error == f'config.{field}=1.5; allowed: a value of type int.'
 
 
 @pytest.mark.parametrize('field', DEFAULTS)
@@ -138,6 +134,7 @@ def test_the_documented_ways_to_write_a_value(arguments, field, value, parse):
         *('lora.targets=5)', 'lora.targets=q,v', 'lora.targets=()', "evaluation.ks=(1,'a')"),
         *('evaluation.ks=(1', 'evaluation.ks=-1', 'tasks.swap=-0.1', 'tasks.swap=nan', 'seed=-1'),
         *('ranking.fusion_weights=("1e-5",)', 'finetune.full=maybe', 'tasks.swap='),
+        *('seed=1e3', 'seed=True', 'seed=None', 'seed='),
     ],
 )
 def test_g05_fragments_of_tuples_and_odd_numbers_are_refused(argument, parse):
@@ -147,7 +144,7 @@ def test_g05_fragments_of_tuples_and_odd_numbers_are_refused(argument, parse):
 
 
 @pytest.mark.slow
-def test_a_real_program_says_the_same(config_file, tmp_path):
+def test_a_real_program_with_a_config_file_says_the_same(tmp_path):
     for argument, told in (
         ('tasks.swap=much', 'config.tasks.swap=much; allowed: a value of type float.'),
         ('lora.targets=5)', "config.lora.targets is ['5)']; allowed: a tuple of one or more of q"),
@@ -155,7 +152,7 @@ def test_a_real_program_says_the_same(config_file, tmp_path):
     ):
         flags_given = (f'--workdir={tmp_path / "run"}', f'--config.{argument}')
         done = subprocess.run(
-            [sys.executable, '-m', 'palr_jax.main', f'--config={config_file}', *flags_given],
+            [sys.executable, '-m', 'palr_jax.main', '--config=configs/demo.py', *flags_given],
             cwd=ROOT,
             capture_output=True,
             text=True,
@@ -188,12 +185,22 @@ NUMBERS = [f for f, value in DEFAULTS.items() if type(value) in (int, float)]
 
 
 @pytest.mark.parametrize('field', NUMBERS)
-def test_the_limits_on_the_page_are_those_of_validate(field, parse):
-    """The least and the largest are allowed by themselves, and one beyond is not."""
+def test_the_limits_on_the_page_are_those_of_validate(field):
+    """The least and the largest are allowed, if by themselves, and one beyond is not."""
     least, largest = config_docs.limits(field)
-    words = config_docs.allowed(field)
-    for value, inside in ((least, True), (least - 1, False), (largest, True), (largest + 1, False)):
+    for value, allowed in (
+        (least - 1, False),
+        (least, True),
+        (largest, True),
+        (largest + 1, False),
+    ):
         if value == float('inf'):
             continue
-        _, error = parse(f'--config.{field}={value}')
-        assert error.endswith(f'config.{field} is {value}; allowed: {words}.') != inside
+        config, error = default_config(), ''
+        config.update_from_flattened_dict({field: type(DEFAULTS[field])(value)})
+        try:
+            validate(config)
+        except InputError as refused:
+            error = str(refused)
+        beyond = error.endswith(f'; allowed: {config_docs.allowed(field)}.')
+        assert beyond != allowed
