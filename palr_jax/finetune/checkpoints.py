@@ -8,7 +8,7 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from palr_jax.errors import InputError
+from palr_jax.errors import InputError, LocalError
 
 Params = Any
 FORMAT = 1
@@ -98,15 +98,17 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # it would wait for the other processes, which wait for this one
         try:
             self._manager.close()
         except (OSError, ValueError) as failure:
             if kind is None:  # else the first failure tells more
                 raise self._unwritten(failure) from failure
 
-    def _unwritten(self, error: Exception) -> InputError:
+    def _unwritten(self, error: Exception) -> LocalError:
         good = f'step {self.latest} is the last good one' if self.latest else 'there is none yet'
-        return InputError(
+        return LocalError(
             f'{self.folder}: a checkpoint cannot be written, {good}; make room and repeat the '
             f'command ({str(error).splitlines()[0][:300]}).'
         )
