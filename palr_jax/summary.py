@@ -46,7 +46,7 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     if fusion_path.exists():
         fusion = storage.read_json(fusion_path)
         ranked = ranked_runs(project, runs, fusion)
-        runs += [run for run in ranked.values() if all(run is not other for other in runs)]
+        runs += [run for run in ranked.values() if run not in runs]  # of all users, some are there
         comparisons += compared(ranked)
         of_groups = grouped_runs(project, ranked)
         runs += of_groups
