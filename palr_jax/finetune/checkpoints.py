@@ -1,5 +1,6 @@
 """The checkpoints of fine-tuning: Orbax steps, and what tells them from those of another run."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ class Checkpoints:
             ),
             max_to_keep=2,
             create=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()),
         )
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -112,6 +114,22 @@ class Checkpoints:
             f'{self.folder}: a checkpoint cannot be written, {good}; make room and repeat the '
             f'command ({str(error).splitlines()[0][:300]}).'
         )
+
+
+def _barrier() -> ocp.multihost.BarrierSyncFn:
+    """Orbax's barrier, but a process does not wait in it on its way out of an error.
+
+    The others are then in an earlier barrier, and all would wait until the time is up.
+    """
+    meet = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        failure = sys.exc_info()[1]
+        if failure is not None:
+            raise failure
+        meet(key=key, timeout_ms=timeout_ms)
+
+    return barrier
 
 
 def describe(params: Params) -> Mapping[str, str]:
