@@ -170,6 +170,8 @@ def default_config() -> ConfigDict:
     # Several examples a row. Without it each has a row of its own, and batches have rows of similar
     # length, batch_size or a multiple: faster on a CPU (objective sft).
     config.finetune.pack = True
+    # Compiled shapes of such batches, or of lists, at most: more of them compute less padding.
+    config.finetune.max_shapes = 4
     config.finetune.learning_rate = 3e-4  # peak of AdamW
     config.finetune.warmup = 10  # steps
     config.finetune.decay_steps = 200  # step at which the cosine ends; constant afterwards

@@ -25,9 +25,8 @@ from palr_jax.prompts.encode import Encoder, Prompt
 from palr_jax.prompts.tasks import Example
 from palr_jax.ranking.score import choose_groups
 
-LENGTH_STEP = 16  # T of a group is rounded up to a multiple of this
-MAX_SHAPES = 4  # compiled programs of a run whose batches have several shapes
-ANSWER_STEP = 32  # M is rounded up to a multiple of this
+LENGTH_STEP = 8  # T of a group is rounded up to a multiple of this
+ANSWER_STEP = 16  # M is rounded up to a multiple of this
 ANSWER_SLACK = 1.25  # M over the answer tokens of a row of average examples
 OPEN_ROWS = 64  # rows that an example may still join while an epoch is packed
 
@@ -184,13 +183,19 @@ class PackedRows:
 class GroupedRows:
     """Random access to the batches of a run, for Grain, whose rows hold one example each.
 
-    Examples of similar length share one of at most `MAX_SHAPES` shapes. A batch has as many rows as
+    Examples of similar length share one of at most `max_shapes` shapes. A batch has as many rows as
     fit its tokens, a multiple of `batch_size`, so that meshes and parts divide each as they divide
     `batch_size`.
     """
 
     def __init__(
-        self, examples: Sequence[Tokens], row_length: int, batch_size: int, steps: int, seed: int
+        self,
+        examples: Sequence[Tokens],
+        row_length: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        max_shapes: int,
     ):
         """`steps` batches of up to `batch_size` * `row_length` tokens; see `plan_steps`.
 
@@ -199,7 +204,7 @@ class GroupedRows:
         """
         lengths, answers = _sizes(examples, row_length)
         padded = np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, row_length)
-        groups = choose_groups(padded, answers, MAX_SHAPES, batch_size)
+        groups = choose_groups(padded, answers, max_shapes, batch_size)
         self._examples = examples
         self._shapes = [
             (

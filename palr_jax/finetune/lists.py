@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from palr_jax.errors import InputError
-from palr_jax.finetune.input import MAX_SHAPES, plan_steps
+from palr_jax.finetune.input import plan_steps
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.tasks import Example
 from palr_jax.ranking.score import (
@@ -110,9 +110,10 @@ class ListBatches:
         batch_size: int,
         steps: int,
         seed: int,
+        max_shapes: int,
         max_positions: int,
     ):
-        """`steps` batches of `batch_size` lists; see `plan_steps`.
+        """`steps` batches of `batch_size` lists in at most `max_shapes` shapes; see `plan_steps`.
 
         Raises:
           InputError: there is no list, or one has more tokens than the model reads.
@@ -124,7 +125,7 @@ class ListBatches:
             )
         self._choices = choices
         queries = [choice.query for choice in choices]
-        groups = plan_groups(queries, batch_size, ROW_LENGTH, MAX_SHAPES, max_positions)
+        groups = plan_groups(queries, batch_size, ROW_LENGTH, max_shapes, max_positions)
         members, shapes = zip(*groups)
         plan = plan_steps(members, [batch_size] * len(groups), steps, seed)
         self._plan = [(part, shapes[group]) for group, part in plan]

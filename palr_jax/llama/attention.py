@@ -151,61 +151,75 @@ def by_blocks(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
     B, T, H, E = query.shape
     K = key.shape[2]
     query = query.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    size = max(LEAST_BLOCK, -(-T // BLOCKS))
-    blocks = []
-    for start in range(0, T, size):
-        stop = min(start + size, T)
-        mask = _causal_mask(segments, start, stop)[:, None, None]
-        block = query[:, :, :, start:stop]
-        blocks.append(_attend(block, key[:, :, :stop], value[:, :, :stop], mask))
-    return jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
+    out = _attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 
 @jax.custom_vjp
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """query [B, K, G, Q, E], key and value [B, K, T, E], mask [B, 1, 1, Q, T] -> as query.
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """query [B, K, G, T, E], key and value [B, K, T, E], segments [B, T] -> as query.
 
-    No query is fully masked. The backward pass has the weights again from the logits and their
-    log-sum-exp in one sweep (Dao et al., 2022, appendix B), where differentiating the softmax step
-    by step needs its maximum and sums again and keeps or recomputes every array between.
+    The backward pass has the weights again from the logits and their log-sum-exp in one sweep (Dao
+    et al., 2022, appendix B), where differentiating the softmax step by step needs its maximum and
+    sums again and keeps or recomputes every array between.
     """
-    return _attend_forward(query, key, value, mask)[0]
+    return _attend_forward(query, key, value, segments)[0]
 
 
-def _attend_forward(query, key, value, mask):
-    (weights,), total, largest = _exponentials(_masked_logits(query, key, mask))
-    out = (_weigh(_folded(weights), value).reshape(query.shape) / total).astype(value.dtype)
+def _attend_forward(query, key, value, segments):
+    outs, norms = [], []
+    for start, stop in _spans(query.shape[3]):
+        block = query[:, :, :, start:stop]
+        logits = _masked_logits(block, key[:, :, :stop], segments, start)
+        (weights,), total, largest = _exponentials(logits)
+        mean = _weigh(_folded(weights), value[:, :, :stop]).reshape(block.shape)
+        outs.append((mean / total).astype(value.dtype))
+        norms.append(largest + jnp.log(total))
     # Named for `llama.model.REMAT`, which keeps both instead of running this again.
-    out = checkpoint_name(out, ATTENDED)
-    norm = checkpoint_name(largest + jnp.log(total), ATTENDED)
-    return out, (query, key, value, mask, out, norm)
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), ATTENDED)
+    norm = checkpoint_name(jnp.concatenate(norms, axis=3), ATTENDED)
+    return out, (query, key, value, segments, out, norm)
 
 
 def _attend_backward(kept, out_bar):
-    query, key, value, mask, out, norm = kept
+    query, key, value, segments, out, norm = kept
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    weights = jnp.exp(_masked_logits(query, key, mask) - norm)
     inner = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    queries, out_bar = _folded(query), _folded(out_bar)
-    weights_bar = dot('...qe,...te->...qt', out_bar, value).reshape(weights.shape)
-    logits_bar = (weights * (weights_bar - inner) * query.shape[-1] ** -0.5).astype(query.dtype)
-    weights, logits_bar = _folded(weights.astype(value.dtype)), _folded(logits_bar)
-    query_bar = dot('...qt,...te->...qe', logits_bar, key).reshape(query.shape)
     # [E, T], not [T, E]: two thirds of the time on a CPU.
-    key_bar = dot('...qt,...qe->...et', logits_bar, queries).swapaxes(-1, -2)
-    value_bar = dot('...qt,...qe->...et', weights, out_bar).swapaxes(-1, -2)
-    bars = zip((query_bar, key_bar, value_bar), (query, key, value))
-    return *(bar.astype(x.dtype) for bar, x in bars), None
+    key_bar, value_bar = (jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in (key, value))
+    query_bars = []
+    for start, stop in _spans(query.shape[3]):
+        block, block_bar = query[:, :, :, start:stop], _folded(out_bar[:, :, :, start:stop])
+        logits = _masked_logits(block, key[:, :, :stop], segments, start)
+        weights = jnp.exp(logits - norm[:, :, :, start:stop])
+        weights_bar = dot('...qe,...te->...qt', block_bar, value[:, :, :stop])
+        slope = weights_bar.reshape(weights.shape) - inner[:, :, :, start:stop]
+        logits_bar = _folded((weights * slope * query.shape[-1] ** -0.5).astype(query.dtype))
+        weights = _folded(weights.astype(value.dtype))
+        query_bars.append(dot('...qt,...te->...qe', logits_bar, key[:, :, :stop]))
+        of_keys = dot('...qt,...qe->...et', logits_bar, _folded(block))
+        of_values = dot('...qt,...qe->...et', weights, block_bar)
+        key_bar = key_bar.at[..., :stop].add(of_keys)
+        value_bar = value_bar.at[..., :stop].add(of_values)
+        query_bars[-1] = query_bars[-1].reshape(block.shape)
+    bars = jnp.concatenate(query_bars, axis=3), key_bar.swapaxes(2, 3), value_bar.swapaxes(2, 3)
+    return *(bar.astype(x.dtype) for bar, x in zip(bars, (query, key, value))), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _masked_logits(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
-    """Shapes as in `_attend` -> [B, K, G, Q, T] float32."""
-    logits = _logits(_folded(query), key).reshape(*query.shape[:-1], -1)
-    return jnp.where(mask, logits, MASKED)
+def _spans(tokens: int) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks of queries."""
+    size = max(LEAST_BLOCK, -(-tokens // BLOCKS))
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _masked_logits(query: jax.Array, key: jax.Array, segments: jax.Array, start: int) -> jax.Array:
+    """[B, K, G, Q, stop] float32 of the queries from `start` and the keys up to their end."""
+    stop = key.shape[2]
+    logits = _logits(_folded(query), key).reshape(*query.shape[:-1], stop)
+    return jnp.where(_causal_mask(segments, start, stop)[:, None, None], logits, MASKED)
 
 
 def _folded(x: jax.Array) -> jax.Array:

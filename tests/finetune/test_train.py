@@ -43,6 +43,7 @@ def settings(**fields):
         'profile_at': 0,
         'profile_steps': 3,
         'pack': True,
+        'max_shapes': 4,
     }
     return ConfigDict(defaults | fields)
 

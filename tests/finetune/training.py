@@ -33,6 +33,7 @@ SETTINGS = {
     'profile_at': 0,
     'profile_steps': 3,
     'pack': True,
+    'max_shapes': 4,
 }
 
 

@@ -18,6 +18,7 @@ from palr_jax.llama.model import (
     log_likelihood,
     rms_norm,
     rotate,
+    swiglu,
 )
 from palr_jax.testing.llama import random_params, tiny_config
 
@@ -228,6 +229,22 @@ def test_rotation_turns_halves():
     np.testing.assert_array_equal(rotate(x, quarter).ravel(), [0, -1, 1, 0])
 
 
+def test_swiglu_and_its_gradients():
+    """By the definition in float64; the slope of x * sigmoid(x) by central differences."""
+    rng = np.random.default_rng(8)
+    gate, up, weight = rng.standard_normal((3, 2, 5))
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    slope = (silu(gate + 1e-5) - silu(gate - 1e-5)) / 2e-5
+    out, pull = jax.vjp(swiglu, *(jnp.asarray(x, jnp.float32) for x in (gate, up)))
+    np.testing.assert_allclose(out, silu(gate) * up, atol=1e-6)
+    gate_bar, up_bar = pull(jnp.asarray(weight, jnp.float32))
+    np.testing.assert_allclose(gate_bar, weight * up * slope, atol=1e-6)
+    np.testing.assert_allclose(up_bar, weight * silu(gate), atol=1e-6)
+
+
 def test_rms_norm_by_hand():
     """rms of (3, 4) is sqrt(12.5); in bfloat16 the mean is still taken in float32."""
     out = rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0]), eps=0.0)
@@ -249,18 +266,23 @@ def test_log_likelihood_in_chunks_equals_the_whole(B, each):
     whole = logits[np.arange(N), targets] - np.log(np.exp(logits).sum(-1))
     arrays = [jnp.asarray(x, jnp.float32) for x in (hidden, head)]
 
-    @jax.jit
-    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    def mean(hidden, head):
+    def mean(hidden, head, axis=0):
         rows = hidden.reshape(B, each, 6), jnp.asarray(targets).reshape(B, each)
-        values = log_likelihood(*rows, head).ravel()
+        values = log_likelihood(*rows, head, axis).ravel()
         return jnp.mean(values), values
 
-    (_, values), (by_hidden, by_head) = mean(*arrays)
+    gradients = functools.partial(jax.value_and_grad, has_aux=True)
+    (_, values), (by_hidden, by_head) = jax.jit(gradients(mean, (0, 1)))(*arrays)
     np.testing.assert_allclose(values, whole, atol=1e-5)
     error = np.eye(11)[targets] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(by_hidden, error @ head.T / N, atol=1e-6)
     np.testing.assert_allclose(by_head, hidden.T @ error / N, atol=1e-6)
+
+    # A frozen head takes another way, here with a tied one: [V, D].
+    frozen = jax.jit(gradients(functools.partial(mean, axis=1)))
+    (_, values), by_hidden = frozen(arrays[0], arrays[1].T)
+    np.testing.assert_allclose(values, whole, atol=1e-5)
+    np.testing.assert_allclose(by_hidden, error @ head.T / N, atol=1e-6)
 
 
 def test_a_token_outside_the_vocabulary_is_no_number(params, logits):

@@ -161,6 +161,7 @@ TUNING.update(
         'profile_at': 0,
         'profile_steps': 1,
         'pack': True,
+        'max_shapes': 4,
     }
 )
 
