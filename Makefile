@@ -17,7 +17,10 @@ INSTALL = $(BIN)/python -m pip install -qq $(if $(wildcard $(CONSTRAINTS)),-c $(
 demo: $(VENV)/installed
 	$(BIN)/python -m palr_jax.main --config=configs/demo.py --workdir=runs/demo
 
+# Many tests compile the same small programs: they share a cache of them, a new one each time.
 test: $(VENV)/installed
+	rm -rf $(VENV)/programs
+	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VENV)/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE)"
 
 test-more: $(VENV)/installed

@@ -3,11 +3,12 @@
     python benchmarks/finetune_peft.py --data=ml-1m.zip --torch-python=torch/bin/python
 
 Both sides train LoRA of rank 8 on q and v on the two instruction tasks of MovieLens-1M, in float32
-with AdamW, the loss on the answers alone, with as many tokens a step at most. palr_jax packs whole
-examples into rows. The side of peft has batches of examples of similar length, padded to the
-longest of the batch, as many as fit; attention is `eager` or `sdpa`, whichever is faster. What
-counts is useful tokens a second: prompt and answer, no padding. Before anything is timed the mean
-loss of the same examples is compared.
+with AdamW, the loss on the answers alone, with as many tokens a step at most. Both sides have
+batches of examples of similar length, as many as fit: here in at most twelve shapes
+(`finetune.pack=False`), each compiled once and untimed, there padded to the longest of the batch,
+with `eager` or `sdpa` for the attention, whichever is faster. What counts is useful tokens a
+second: prompt and answer, no padding. Before anything is timed the mean loss of the same examples
+is compared.
 
 The interpreter of --torch-python needs torch, transformers and peft alone.
 """
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from sides import Side, report, serve
 
+SHAPES = 12  # `finetune.max_shapes`
 RANK, ALPHA, TARGETS = 8, 16.0, ('q', 'v')
 LEARNING_RATE, CLIP = 3e-4, 1.0
 TOLERANCE = 1e-4  # of the mean loss of an answer token, in nats
@@ -66,9 +68,11 @@ def jax_side(folder: Path) -> dict[str, Callable]:
         losses = answer_losses(lora.join(adapter, frozen), program, examples[:count], length)
         return {'loss': [float(loss) for loss in losses]}
 
+    compiled = set()
+
     def run(tokens: int, steps: int, seed: int) -> dict[str, Any]:
-        rows = finetune_input.PackedRows(examples, length, steps * (tokens // length), seed)
-        source = finetune_input.batches(rows, tokens // length)
+        # One row of all the tokens of a step stands for as many rows as fit.
+        source = finetune_input.GroupedRows(examples, tokens, 1, steps, seed, SHAPES)
         adapter, state = fresh()
 
         def train(batch: Any) -> jax.Array:
@@ -77,6 +81,12 @@ def jax_side(folder: Path) -> dict[str, Callable]:
             return metrics['loss']
 
         batches = [source[number] for number in range(steps)]
+        for batch in batches:
+            if batch.tokens.shape not in compiled:
+                for _ in range(2):  # the second takes what the first gave
+                    float(train(batch))
+                compiled.add(batch.tokens.shape)
+        adapter, state = fresh()
         return timed(train, batches, lambda batch: int((batch.segments > 0).sum()))
 
     about = f'JAX {jax.__version__} ({jax.default_backend()})'
@@ -222,7 +232,7 @@ def main() -> None:
     parser.add_argument('--data', required=True, help='ml-1m.zip or its folder')
     parser.add_argument('--torch-python', default=sys.executable, help='interpreter with peft')
     parser.add_argument('--users', type=int, default=100, help='who give examples')
-    parser.add_argument('--length', type=int, default=1024, help='tokens of a packed row')
+    parser.add_argument('--length', type=int, default=1024, help='tokens of an example')
     parser.add_argument('--tokens', type=int, default=2048, help='a step, padding included')
     parser.add_argument('--steps', type=int, default=3, help='steps a run')
     parser.add_argument('--runs', type=int, default=5, help='runs, in turns')

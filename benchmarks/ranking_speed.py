@@ -65,6 +65,7 @@ def jax_side(folder: Path) -> dict[str, Callable]:
         padding_share,
         plan_batches,
         score_queries,
+        shared_beginning,
     )
 
     checkpoint = open_checkpoint(folder / 'model')
@@ -120,11 +121,13 @@ def jax_side(folder: Path) -> dict[str, Callable]:
     def products(query: Query) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
         """(how often, shape of the left factor, of the right one) of all that one pass needs.
 
-        A token's keys are as many as it attends to on average. The first token of all titles is
-        scored by one position, the prompt's last.
+        A token's keys are as many as it attends to on average. What all titles begin with is read
+        once, behind the prompt, and their first token after it is scored by one position.
         """
-        answers = [len(answer) - 1 for answer in distinct_answers(query)[0]]
-        prompt, rest = len(query.prompt), sum(answers)
+        distinct, _ = distinct_answers(query)
+        begin = shared_beginning(distinct)
+        answers = [len(answer) - begin - 1 for answer in distinct]
+        prompt, rest = len(query.prompt) + begin, sum(answers)
         tokens = prompt + rest
         pairs = prompt * (prompt + 1) // 2 + prompt * rest
         pairs += sum(n * (n + 1) // 2 for n in answers)
@@ -142,7 +145,7 @@ def jax_side(folder: Path) -> dict[str, Callable]:
             yield each * model.layers, (tokens, inputs), (inputs, outputs)
         yield model.layers, (K, G * tokens, E), (K, E, keys)
         yield model.layers, (K, G * tokens, keys), (K, keys, E)
-        scored = 1 + rest
+        scored = begin + 1 + rest
         chunks = -(-scored // LOGIT_CHUNK)
         yield chunks, (-(-scored // chunks), model.width), (model.width, model.vocab_size)
 

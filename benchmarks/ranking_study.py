@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from palr_jax import evaluation, pipeline, retrieval, storage
@@ -66,8 +67,8 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     config.finetune.checkpoint_every = 10
     if learned is None:
         config.stages = (*BASE, 'ranking', 'report')
-    elif learned == 'sft':  # the paper's examples: about four in two rows
-        config.finetune.batch_size = 2
+    elif learned == 'sft':  # the paper's examples, a row each: about four a batch
+        config.finetune.update({'batch_size': 2, 'pack': False})
         config.tasks.recommend_retrieval = 1.0 if mode == 'index' else 0.5
     else:
         config.finetune.batch_size = 4
@@ -183,6 +184,8 @@ def main() -> None:
     parser.add_argument('--out', type=Path, required=True, help='JSON file of the result')
     parser.add_argument('--variants', default=','.join(VARIANTS), help='which, in this order')
     arguments = parser.parse_args()
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
 
     base = DATA[arguments.data]()
     first = base.copy_and_resolve_references()

@@ -4,13 +4,15 @@ import errno
 import functools
 import logging as python_logging
 import os
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from palr_jax.config import check_name
+from palr_jax.config import check_name, default_config
 from palr_jax.errors import BAD_INPUT, InputError
+from palr_jax.stages import flatten
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, the largest file
 INTERRUPTED = 128 + 2  # what shells expect after Ctrl-C, signal 2
@@ -41,11 +43,23 @@ def _parse_flags(argv: list[str], within: str) -> list[str]:
     try:
         _check_config_flags(argv[1:], within)
         arguments = flags.FLAGS(argv)
+    except flags.IllegalFlagValueError as error:
+        _fail(_wrong_type(error))
     except (InputError, flags.Error, TypeError, ValueError, OSError) as error:
         # The last three are what ml_collections lets through of a wrong value.
         _fail(error)
     logging.set_verbosity(logging.INFO)
     return arguments
+
+
+def _wrong_type(error: flags.IllegalFlagValueError) -> Exception:
+    """The error in the words of `config.validate`, where the flag is a field of the config."""
+    field, value = re.match(r'flag --(?:config\.)?([\w.]+)=(.*?)(?:: |$)', str(error)).groups()
+    default = flatten(default_config()).get(field)
+    if default is None:
+        return error
+    kind = type(default).__name__
+    return InputError(f'config.{field}={value}; allowed: a value of type {kind}.')
 
 
 def _check_config_flags(arguments: list[str], within: str) -> None:

@@ -202,6 +202,7 @@ def rank_program(config: ConfigDict, model: LlamaConfig, mesh: Mesh, answer_toke
         prompt=array(mesh, B, L, dtype=bool),
         rows=array(mesh, B, R, S),
         targets=array(mesh, B, R * S),
+        beginning=array(mesh, B, 1),  # the quote before a title
         first=array(mesh, B, C),
         answers=array(mesh, B, C),
     )

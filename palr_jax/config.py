@@ -171,6 +171,11 @@ def default_config() -> ConfigDict:
     config.finetune.batch_size = 8  # rows a step, or lists
     config.finetune.accumulate = 1  # parts that a batch is run in, one after another: less memory
     config.finetune.length = 1024  # tokens a row, or a prompt and one answer, at most
+    # Several examples a row. Without it each has a row of its own, and batches have rows of similar
+    # length, batch_size or a multiple: faster on a CPU (objective sft).
+    config.finetune.pack = True
+    # Compiled shapes of such batches, or of lists, at most: more of them compute less padding.
+    config.finetune.max_shapes = 4
     config.finetune.learning_rate = 3e-4  # peak of AdamW
     config.finetune.warmup = 10  # steps
     config.finetune.decay_steps = 200  # step at which the cosine ends; constant afterwards

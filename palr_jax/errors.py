@@ -9,3 +9,7 @@ class InputError(Exception):
     Its text is one sentence that names where the fault is (file, line, field or flag), the value
     found and the values allowed. Entry points print it without a traceback and exit with status 2.
     """
+
+
+class LocalError(InputError):
+    """What this process alone has met, of several in one run: the others know nothing of it."""

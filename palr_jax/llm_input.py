@@ -159,13 +159,31 @@ def make_queries(
         hits = (items == project.dataset.split.targets(part)[users, None]).any(axis=1)
         logging.info('ranking: the targets of %d of %d %s users', hits.sum(), len(users), part)
         users, items = users[hits], items[hits]
+    queries, cut = queries_of(project, part, users, items, of_user=of_user)
+    logging.info(
+        'ranking: %d %s users, %.0f prompt tokens and %.1f tokens an item on average; %d history '
+        'items cut to keep to %d tokens',
+        len(users),
+        part,
+        _mean([len(query.prompt) for query in queries]),
+        _mean([len(answer) for query in queries for answer in query.candidates]),
+        cut,
+        config.prompts.length,
+    )
+    return users, items, queries
+
+
+def queries_of(
+    project: Project, part: str, users: np.ndarray, items: np.ndarray, *, of_user: bool = True
+) -> tuple[list[Query], int]:
+    """(the prompts of users [U'] with candidates [U', C], history items cut from all of them)."""
+    config = project.config
     histories = [project.dataset.split.history(user, part) for user in users]
     if not of_user:
         histories = [history[:0] for history in histories]
     profiles = project.profiles([history.tolist() for history in histories])
-    queries, cut = [], 0
-    for user, history, profile, candidates in zip(users, histories, profiles, items):
-        query, dropped = make_query(
+    made = [
+        make_query(
             project.encoder,
             config.prompts,
             history,
@@ -173,16 +191,10 @@ def make_queries(
             candidates[candidates >= 0],
             seed=order_seed(config, user),
         )
-        queries.append(query)
-        cut += dropped
-    logging.info(
-        'ranking: %d %s users, %.0f prompt tokens and %.1f tokens an item on average; %d history '
-        'items cut to keep to %d tokens',
-        len(users),
-        part,
-        np.mean([len(query.prompt) for query in queries]),
-        np.mean([len(answer) for query in queries for answer in query.candidates]),
-        cut,
-        config.prompts.length,
-    )
-    return users, items, queries
+        for user, history, profile, candidates in zip(users, histories, profiles, items)
+    ]
+    return [query for query, _ in made], sum(cut for _, cut in made)
+
+
+def _mean(sizes: list[int]) -> float:
+    return sum(sizes) / max(1, len(sizes))

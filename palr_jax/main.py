@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from palr_jax import cli, data, evaluation, pipeline
+from palr_jax.errors import LocalError
 from palr_jax.parallel import distributed
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -29,6 +30,10 @@ def main(_: list[str]) -> None:
         distributed.start(WAIT.value)
     try:
         report = pipeline.run(CONFIG.value, WORKDIR.value, overwrite=OVERWRITE.value)
+    except LocalError as error:
+        if DISTRIBUTED.value:
+            distributed.leave_others(error)
+        raise
     except Exception as error:
         if distributed.lost_a_peer(error):
             distributed.leave(error)

@@ -46,7 +46,7 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     if fusion_path.exists():
         fusion = storage.read_json(fusion_path)
         ranked = ranked_runs(project, runs, fusion)
-        runs += ranked.values()
+        runs += [run for run in ranked.values() if run not in runs]  # of all users, some are there
         comparisons += compared(ranked)
         of_groups = grouped_runs(project, ranked)
         runs += of_groups
@@ -106,6 +106,9 @@ def ranked_runs(project: Project, full: list[Run], fusion: dict[str, Any]) -> di
     user_set = 'all' if everyone else evaluation.sampled(users, config.ranking.users_seed)
     runs = {}
     for run in full[: len(BASE)]:
+        if everyone:
+            runs[run.system] = run  # the same row
+            continue
         rows = np.searchsorted(run.users, users)
         ranks, lists = run.ranks.take(rows), run.lists[rows]
         runs[run.system] = Run(run.system, users, ranks, user_set=user_set, lists=lists)

@@ -161,15 +161,20 @@ def test_values_that_make_no_sense_together_are_refused(fields, named):
         validate(config)
 
 
-def test_without_fine_tuning_its_fields_do_not_matter():
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'prompts.candidate_order': 'retriever'},
+        {'prompts.answer': 'index', 'ranking.mode': 'index', 'ranking.normalize': 'prior'},
+    ],
+)
+def test_without_fine_tuning_its_fields_do_not_matter(fields):
     config = default_config()
+    config.update_from_flattened_dict(fields)
+    with pytest.raises(InputError, match=r'config\.tasks\.'):
+        validate(config)
     config.stages = ('data', 'retrieval', 'ranking', 'report')
-    config.prompts.candidate_order = 'retriever'
-    validate(config)
-    config.update_from_flattened_dict(
-        {'prompts.answer': 'index', 'ranking.mode': 'index', 'ranking.normalize': 'prior'}
-    )
-    validate(config)
+    assert validate(config) is None
 
 
 def test_the_open_choices_of_the_paper_have_the_documented_defaults():

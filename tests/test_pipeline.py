@@ -290,6 +290,16 @@ def test_lists_of_retrieved_candidates_are_learned(inputs, tmp_path):
 
 
 @pytest.mark.slow
+def test_all_users_are_ranked_and_no_row_is_there_twice(inputs, tmp_path):
+    config = small_config(inputs)
+    config.stages = ('data', 'retrieval', 'ranking', 'report')
+    config.ranking.update({'users': 0, 'valid_users': 4, 'candidates': 6})
+    rows = [run for run in pipeline.run(config, tmp_path)['runs'] if 'group' not in run]
+    assert [run['system'] for run in rows] == [name for name in SYSTEMS if name != 'llm']
+    assert {(run['users'], run['user_set']) for run in rows} == {(40, 'all')}
+
+
+@pytest.mark.slow
 def test_the_model_writes_its_ranking(inputs, tmp_path):
     """Bound to the candidates, then freely; the second run shares data and retriever."""
     config = small_config(inputs)

@@ -187,13 +187,13 @@ def make_split(
 def validation_halves(split: Split, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The users with a validation target in two seeded halves, each in a seeded order.
 
-    The settings of the retrievers are chosen on the first, which has the odd one, and how the LLM
-    is fused with them on the second: what looks good on users whom the retrievers were fitted to
+    The settings of the retrievers are chosen on the first, and how the LLM is fused with them on
+    the second, which has the odd one: what looks good on users whom the retrievers were fitted to
     would be trusted too much.
     """
     users = split.users('valid')
     order = np.random.default_rng([seed, 6]).permutation(users)
-    half = -(-len(users) // 2)
+    half = len(users) // 2
     return order[:half], order[half:]
 
 

@@ -1,5 +1,6 @@
 """The checkpoints of fine-tuning: Orbax steps, and what tells them from those of another run."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from palr_jax.errors import InputError
+from palr_jax.errors import InputError, LocalError
 
 Params = Any
 FORMAT = 1
@@ -34,6 +35,7 @@ class Checkpoints:
             ),
             max_to_keep=2,
             create=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier()),
         )
         self._manager = ocp.CheckpointManager(
             self.folder, options=options, item_handlers=ocp.StandardCheckpointHandler()
@@ -98,18 +100,36 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None and jax.process_count() > 1:
+            return  # it would wait for the other processes, which wait for this one
         try:
             self._manager.close()
         except (OSError, ValueError) as failure:
             if kind is None:  # else the first failure tells more
                 raise self._unwritten(failure) from failure
 
-    def _unwritten(self, error: Exception) -> InputError:
+    def _unwritten(self, error: Exception) -> LocalError:
         good = f'step {self.latest} is the last good one' if self.latest else 'there is none yet'
-        return InputError(
+        return LocalError(
             f'{self.folder}: a checkpoint cannot be written, {good}; make room and repeat the '
             f'command ({str(error).splitlines()[0][:300]}).'
         )
+
+
+def _barrier() -> ocp.multihost.BarrierSyncFn:
+    """Orbax's barrier, but a process does not wait in it on its way out of an error.
+
+    The others are then in an earlier barrier, and all would wait until the time is up.
+    """
+    meet = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        failure = sys.exc_info()[1]
+        if failure is not None:
+            raise failure
+        meet(key=key, timeout_ms=timeout_ms)
+
+    return barrier
 
 
 def describe(params: Params) -> Mapping[str, str]:

@@ -1,4 +1,8 @@
-"""Training rows: examples as tokens, packed several to a row, addressed by the global step.
+"""Training rows: examples as tokens, addressed by the global step.
+
+Examples are packed several to a row of one length (`PackedRows`), or have a row each, in batches of
+similar length (`GroupedRows`). Packing wastes least where many examples fit a row, or where the
+attention skips what lies between them, as the splash kernel does; a row each wastes no attention.
 
 The plan of an epoch is a pure function of the seed, the epoch and the examples' lengths, so a run
 that resumes at step n reads what the uninterrupted run would have read at step n. A longer run
@@ -19,8 +23,10 @@ from absl import logging
 from palr_jax.errors import InputError
 from palr_jax.prompts.encode import Encoder, Prompt
 from palr_jax.prompts.tasks import Example
+from palr_jax.ranking.score import choose_groups
 
-ANSWER_STEP = 32  # M is rounded up to a multiple of this
+LENGTH_STEP = 8  # T of a group is rounded up to a multiple of this
+ANSWER_STEP = 16  # M is rounded up to a multiple of this
 ANSWER_SLACK = 1.25  # M over the answer tokens of a row of average examples
 OPEN_ROWS = 64  # rows that an example may still join while an epoch is packed
 
@@ -149,18 +155,7 @@ class PackedRows:
         Raises:
           InputError: there is no example, or one is longer than a row.
         """
-        if not examples:
-            raise InputError(
-                'There is no fine-tuning example: tasks.users leaves no user, or nobody has two '
-                'training items.'
-            )
-        lengths = np.array([len(e.tokens) for e in examples])
-        answers = lengths - np.array([e.answer for e in examples])
-        if lengths.max() > row_length:
-            raise InputError(
-                f'A fine-tuning example has {lengths.max()} tokens; allowed: at most '
-                f'finetune.length, which is {row_length}.'
-            )
+        lengths, answers = _sizes(examples, row_length)
         self._examples = examples
         self._length = row_length
         self._answers = answer_room(lengths, answers, row_length)
@@ -183,6 +178,97 @@ class PackedRows:
 
     def __getitem__(self, index: int) -> Rows:
         return lay_out([self._examples[i] for i in self._plan[index]], self._length, self._answers)
+
+
+class GroupedRows:
+    """Random access to the batches of a run, for Grain, whose rows hold one example each.
+
+    Examples of similar length share one of at most `max_shapes` shapes. A batch has as many rows as
+    fit its tokens, a multiple of `batch_size`, so that meshes and parts divide each as they divide
+    `batch_size`.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Tokens],
+        row_length: int,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        max_shapes: int,
+    ):
+        """`steps` batches of up to `batch_size` * `row_length` tokens; see `plan_steps`.
+
+        Raises:
+          InputError: there is no example, or one is longer than a row.
+        """
+        lengths, answers = _sizes(examples, row_length)
+        padded = np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, row_length)
+        groups = choose_groups(padded, answers, max_shapes, batch_size)
+        self._examples = examples
+        self._shapes = [
+            (
+                int(padded[members].max()),
+                math.ceil(answers[members].max() / ANSWER_STEP) * ANSWER_STEP,
+            )
+            for members in groups
+        ]
+        sizes = [batch_size * (row_length // length) for length, _ in self._shapes]
+        self._plan = plan_steps(groups, sizes, steps, seed)
+        useful = sum(int(lengths[members].sum()) for _, members in self._plan)
+        computed = sum(len(members) * self._shapes[group][0] for group, members in self._plan)
+        logging.info(
+            'finetune: %d batches in rows of %s tokens, %.0f %% of them padding',
+            steps,
+            ', '.join(str(length) for length, _ in self._shapes),
+            100 * (1 - useful / max(1, computed)),
+        )
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, index: int) -> Rows:
+        group, members = self._plan[index]
+        return stack([lay_out([self._examples[i]], *self._shapes[group]) for i in members])
+
+
+def plan_steps(
+    groups: Sequence[np.ndarray], sizes: Sequence[int], steps: int, seed: int
+) -> list[tuple[int, np.ndarray]]:
+    """(group, [size of the group] members) of each of `steps` batches; epochs follow one another.
+
+    In an epoch each member of a group comes once, in an order of its own, and the batches of all
+    groups are shuffled; the last batch of a group is filled up with members from the epoch's start.
+    """
+    plan: list[tuple[int, np.ndarray]] = []
+    epoch = 0
+    while len(plan) < steps:
+        rng = np.random.default_rng([seed, 3, epoch])
+        batches = []
+        for group, (members, size) in enumerate(zip(groups, sizes)):
+            order = rng.permutation(members)
+            full = np.resize(order, -(-len(order) // size) * size)
+            batches += [(group, part) for part in full.reshape(-1, size)]
+        plan += [batches[i] for i in rng.permutation(len(batches))]
+        epoch += 1
+    return plan[:steps]
+
+
+def _sizes(examples: Sequence[Tokens], row_length: int) -> tuple[np.ndarray, np.ndarray]:
+    """([examples] tokens, [examples] answer tokens), checked."""
+    if not examples:
+        raise InputError(
+            'There is no fine-tuning example: tasks.users leaves no user, or nobody has two '
+            'training items.'
+        )
+    lengths = np.array([len(e.tokens) for e in examples])
+    answers = lengths - np.array([e.answer for e in examples])
+    if lengths.max() > row_length:
+        raise InputError(
+            f'A fine-tuning example has {lengths.max()} tokens; allowed: at most '
+            f'finetune.length, which is {row_length}.'
+        )
+    return lengths, answers
 
 
 def lay_out(examples: Sequence[Tokens], row_length: int, answers: int) -> Rows:

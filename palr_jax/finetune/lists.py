@@ -22,12 +22,20 @@ import numpy as np
 from absl import logging
 
 from palr_jax.errors import InputError
+from palr_jax.finetune.input import plan_steps
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.tasks import Example
-from palr_jax.ranking.score import Batch, Query, Shape, make_batch, one_pass_scores, plan_groups
+from palr_jax.ranking.score import (
+    Batch,
+    Query,
+    Shape,
+    make_batch,
+    one_pass_scores,
+    plan_groups,
+    useful_tokens,
+)
 
 ROW_LENGTH = 64  # tokens of a packed candidate row, at least
-MAX_SHAPES = 4  # compiled programs of a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Choice:
     @property
     def tokens(self) -> int:
         """Useful tokens of the list: prompt and answer inputs."""
-        return len(self.query.prompt) + sum(len(answer) - 1 for answer in self.query.candidates)
+        return useful_tokens(self.query)
 
 
 @flax.struct.dataclass
@@ -102,12 +110,10 @@ class ListBatches:
         batch_size: int,
         steps: int,
         seed: int,
+        max_shapes: int,
         max_positions: int,
     ):
-        """`steps` batches of `batch_size` lists; epochs follow one another.
-
-        In an epoch each list comes once, in an order of its own; the last batch of a shape is
-        filled up with lists of that shape from the epoch's start.
+        """`steps` batches of `batch_size` lists in at most `max_shapes` shapes; see `plan_steps`.
 
         Raises:
           InputError: there is no list, or one has more tokens than the model reads.
@@ -119,19 +125,10 @@ class ListBatches:
             )
         self._choices = choices
         queries = [choice.query for choice in choices]
-        groups = plan_groups(queries, batch_size, ROW_LENGTH, MAX_SHAPES, max_positions)
-        self._plan: list[tuple[np.ndarray, Shape]] = []
-        epoch = 0
-        while len(self._plan) < steps:
-            rng = np.random.default_rng([seed, 3, epoch])
-            batches = []
-            for members, shape in groups:
-                order = rng.permutation(members)
-                full = np.resize(order, -(-len(order) // batch_size) * batch_size)
-                batches += [(part, shape) for part in full.reshape(-1, batch_size)]
-            self._plan += [batches[i] for i in rng.permutation(len(batches))]
-            epoch += 1
-        del self._plan[steps:]
+        groups = plan_groups(queries, batch_size, ROW_LENGTH, max_shapes, max_positions)
+        members, shapes = zip(*groups)
+        plan = plan_steps(members, [batch_size] * len(groups), steps, seed)
+        self._plan = [(part, shapes[group]) for group, part in plan]
         computed = sum(batch_size * shape.tokens for _, shape in self._plan)
         useful = sum(choices[i].tokens for members, _ in self._plan for i in members)
         logging.info(

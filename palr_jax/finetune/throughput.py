@@ -47,7 +47,8 @@ class Work:
         rows = batch.batch.rows[real].reshape(len(prompts), -1) > 0
         pairs = np.sum(prompts * (prompts + 1) // 2) + np.sum((positions + 1)[rows])
         tokens = prompts.sum() + rows.sum()
-        return cls(int(tokens), int(rows.sum() + len(prompts)), int(pairs))
+        beginnings = np.count_nonzero(batch.batch.beginning[real] >= 0)
+        return cls(int(tokens), int(rows.sum() + beginnings + len(prompts)), int(pairs))
 
 
 def model_flops(config: LlamaConfig, lora: LoraSpec | None, work: Work) -> float:

@@ -27,7 +27,6 @@ from palr_jax.finetune import input as finetune_input
 from palr_jax.finetune.checkpoints import Checkpoints
 from palr_jax.finetune.input import Rows, Tokens
 from palr_jax.finetune.lists import (
-    MAX_SHAPES,
     ROW_LENGTH,
     Choice,
     ListBatches,
@@ -41,7 +40,7 @@ from palr_jax.llama import lora
 from palr_jax.llama.attention import Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.llama.model import Llama, log_likelihood, output_head
+from palr_jax.llama.model import Llama, log_likelihood, stored_head
 from palr_jax.metric_writer import MetricWriter
 from palr_jax.parallel import rules
 from palr_jax.parallel.mesh import (
@@ -57,6 +56,8 @@ from palr_jax.ranking.score import plan_batches
 
 Params = Any
 Batch = Rows | Lists
+
+HELD_OUT_SHAPES = 4  # compiled shapes of held-out lists, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,10 @@ def answer_log_likelihood(
         rngs=None if key is None else {'dropout': key},
     )
     before = jnp.take_along_axis(hidden, rows.before[..., None], axis=1)
-    head = output_head(params).astype(program.dtype)
-    return log_likelihood(constrain(before, ROW_AXES), rows.targets, head)
+    head, axis = stored_head(params)
+    return log_likelihood(
+        constrain(before, ROW_AXES), rows.targets, head.astype(program.dtype), axis
+    )
 
 
 def summed_loss(
@@ -280,12 +283,23 @@ def make_source(
     Raises:
       InputError: there is no example, or one is too long.
     """
+    if program.objective == 'sft' and not config.pack:
+        grouped = finetune_input.GroupedRows(
+            examples, config.length, config.batch_size, config.steps, seed, config.max_shapes
+        )
+        return grain.MapDataset.source(grouped)
     if program.objective == 'sft':
         number = config.steps * config.batch_size
         rows = finetune_input.PackedRows(examples, config.length, number, seed)
         return finetune_input.batches(rows, config.batch_size)
-    positions = program.model.max_positions
-    lists = ListBatches(examples, config.batch_size, config.steps, seed, positions)
+    lists = ListBatches(
+        examples,
+        config.batch_size,
+        config.steps,
+        seed,
+        config.max_shapes,
+        program.model.max_positions,
+    )
     return grain.MapDataset.source(lists)
 
 
@@ -349,7 +363,7 @@ def choice_losses(
     size = 1 if mesh is None else row_shards(mesh)
     losses = np.empty(len(choices), np.float32)
     queries = [choice.query for choice in choices]
-    plan = plan_batches(queries, size, ROW_LENGTH, MAX_SHAPES, program.model.max_positions)
+    plan = plan_batches(queries, size, ROW_LENGTH, HELD_OUT_SHAPES, program.model.max_positions)
     with using(mesh), Progress('held-out loss', len(choices), 'lists') as progress:
         for members, shape in plan:
             lists = lay_out_lists([choices[i] for i in members], shape)

@@ -19,11 +19,13 @@ import functools
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from palr_jax.llama import splash
 
 SPLASH_TOKENS = 1024  # rows at least as long go through the splash kernel on TPUs
 BLOCKS, LEAST_BLOCK = 4, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
+ATTENDED = 'attended'  # what the backward pass of the attention wants of the forward pass
 MASKED = -1e30  # finite: a row that is masked everywhere has a mean, not NaN
 
 
@@ -71,25 +73,27 @@ class OnePass:
 
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         row_key, row_value = (x[:, :, L:].reshape(B, K, R, S, E) for x in (key, value))
+        # No mask over all logits for the sake of the prompt's padding: its keys repeat the first
+        # one, so the largest logit stays as it is, and its values and weights are multiplied by 0.
+        real = self.prompt[:, None, :, None]
+        prompt_key = jnp.where(real, key[:, :, :L], key[:, :, :1])
+        prompt_value = jnp.where(real, value[:, :, :L], 0)
+        counted = jnp.broadcast_to(real, (B, K, L, 1)).astype(value.dtype)
+
         query = query[:, L:].reshape(B, R, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)
-        over_prompt = _logits(query.reshape(B, K, R * G * S, E), key[:, :, :L])
+        over_prompt = _logits(query.reshape(B, K, R * G * S, E), prompt_key)
         over_row = _logits(query.reshape(B, K, R, G * S, E), row_key)
-        (prompt_weights, row_weights), total = _exponentials(
-            jnp.where(
-                self.prompt[:, None, None, None, None],
-                over_prompt.reshape(B, K, R, G, S, L),
-                MASKED,
-            ),
-            jnp.where(
-                _causal_mask(self.rows, 0, S)[:, None, :, None],
-                over_row.reshape(B, K, R, G, S, S),
-                MASKED,
-            ),
+        own = _causal_mask(self.rows, 0, S)[:, None, :, None]
+        over_row = jnp.where(own, over_row.reshape(B, K, R, G, S, S), MASKED)
+        (prompt_weights, row_weights), _, _ = _exponentials(
+            over_prompt, over_row.reshape(B, K, R * G * S, S)
         )
-        from_prompt = _weigh(prompt_weights.reshape(B, K, R * G * S, L), value[:, :, :L])
+        # A sum as a product: XLA's CPU backend is faster at it.
+        total = _weigh(prompt_weights, counted) + row_weights.sum(axis=-1, keepdims=True)
+        from_prompt = _weigh(prompt_weights, prompt_value)
         from_row = _weigh(row_weights.reshape(B, K, R, G * S, S), row_value)
-        of_rows = from_prompt.reshape(B, K, R, G, S, E) + from_row.reshape(B, K, R, G, S, E)
-        of_rows = (of_rows / total).astype(value.dtype).transpose(0, 2, 4, 1, 3, 5)
+        of_rows = (from_prompt + from_row.reshape(from_prompt.shape)) / total
+        of_rows = of_rows.astype(value.dtype).reshape(B, K, R, G, S, E).transpose(0, 2, 4, 1, 3, 5)
         return jnp.concatenate([of_prompt, of_rows.reshape(B, R * S, H, E)], axis=1)
 
 
@@ -123,7 +127,7 @@ class Cached:
         query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4)
         logits = _logits(query.reshape(B, K, G * T, E), key).reshape(B, K, G, T, self.size)
         mask = jnp.arange(self.size) <= self.positions[:, None, None, :, None]
-        (weights,), total = _exponentials(jnp.where(mask, logits, MASKED))
+        (weights,), total, _ = _exponentials(jnp.where(mask, logits, MASKED))
         mean = _weigh(weights.reshape(B, K, G * T, self.size), value)
         mean = (mean.reshape(B, K, G, T, E) / total).astype(value.dtype)
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
@@ -146,21 +150,81 @@ def by_blocks(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.
     """
     B, T, H, E = query.shape
     K = key.shape[2]
-    G = H // K
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    size = max(LEAST_BLOCK, -(-T // BLOCKS))
-    blocks = []
-    for start in range(0, T, size):
-        stop = min(start + size, T)
-        n = stop - start
-        block = query[:, start:stop].reshape(B, n, K, G, E).transpose(0, 2, 3, 1, 4)
-        logits = _logits(block.reshape(B, K, G * n, E), key[:, :, :stop])
-        mask = _causal_mask(segments, start, stop)[:, None, None]
-        (weights,), total = _exponentials(jnp.where(mask, logits.reshape(B, K, G, n, stop), MASKED))
-        mean = _weigh(weights.reshape(B, K, G * n, stop), value[:, :, :stop])
-        mean = (mean.reshape(B, K, G, n, E) / total).astype(value.dtype)
-        blocks.append(mean.transpose(0, 3, 1, 2, 4).reshape(B, n, H, E))
-    return jnp.concatenate(blocks, axis=1)
+    query = query.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4)
+    out = _attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), segments)
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
+
+
+@jax.custom_vjp
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array) -> jax.Array:
+    """query [B, K, G, T, E], key and value [B, K, T, E], segments [B, T] -> as query.
+
+    The backward pass has the weights again from the logits and their log-sum-exp in one sweep (Dao
+    et al., 2022, appendix B), where differentiating the softmax step by step needs its maximum and
+    sums again and keeps or recomputes every array between.
+    """
+    return _attend_forward(query, key, value, segments)[0]
+
+
+def _attend_forward(query, key, value, segments):
+    outs, norms = [], []
+    for start, stop in _spans(query.shape[3]):
+        block = query[:, :, :, start:stop]
+        logits = _masked_logits(block, key[:, :, :stop], segments, start)
+        (weights,), total, largest = _exponentials(logits)
+        mean = _weigh(_folded(weights), value[:, :, :stop]).reshape(block.shape)
+        outs.append((mean / total).astype(value.dtype))
+        norms.append(largest + jnp.log(total))
+    # Named for `llama.model.REMAT`, which keeps both instead of running this again.
+    out = checkpoint_name(jnp.concatenate(outs, axis=3), ATTENDED)
+    norm = checkpoint_name(jnp.concatenate(norms, axis=3), ATTENDED)
+    return out, (query, key, value, segments, out, norm)
+
+
+def _attend_backward(kept, out_bar):
+    query, key, value, segments, out, norm = kept
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    inner = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    # [E, T], not [T, E]: two thirds of the time on a CPU.
+    key_bar, value_bar = (jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in (key, value))
+    query_bars = []
+    for start, stop in _spans(query.shape[3]):
+        block, block_bar = query[:, :, :, start:stop], _folded(out_bar[:, :, :, start:stop])
+        logits = _masked_logits(block, key[:, :, :stop], segments, start)
+        weights = jnp.exp(logits - norm[:, :, :, start:stop])
+        weights_bar = dot('...qe,...te->...qt', block_bar, value[:, :, :stop])
+        slope = weights_bar.reshape(weights.shape) - inner[:, :, :, start:stop]
+        logits_bar = _folded((weights * slope * query.shape[-1] ** -0.5).astype(query.dtype))
+        weights = _folded(weights.astype(value.dtype))
+        query_bars.append(dot('...qt,...te->...qe', logits_bar, key[:, :, :stop]))
+        of_keys = dot('...qt,...qe->...et', logits_bar, _folded(block))
+        of_values = dot('...qt,...qe->...et', weights, block_bar)
+        key_bar = key_bar.at[..., :stop].add(of_keys)
+        value_bar = value_bar.at[..., :stop].add(of_values)
+        query_bars[-1] = query_bars[-1].reshape(block.shape)
+    bars = jnp.concatenate(query_bars, axis=3), key_bar.swapaxes(2, 3), value_bar.swapaxes(2, 3)
+    return *(bar.astype(x.dtype) for bar, x in zip(bars, (query, key, value))), None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _spans(tokens: int) -> list[tuple[int, int]]:
+    """(start, stop) of the blocks of queries."""
+    size = max(LEAST_BLOCK, -(-tokens // BLOCKS))
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def _masked_logits(query: jax.Array, key: jax.Array, segments: jax.Array, start: int) -> jax.Array:
+    """[B, K, G, Q, stop] float32 of the queries from `start` and the keys up to their end."""
+    stop = key.shape[2]
+    logits = _logits(_folded(query), key).reshape(*query.shape[:-1], stop)
+    return jnp.where(_causal_mask(segments, start, stop)[:, None, None], logits, MASKED)
+
+
+def _folded(x: jax.Array) -> jax.Array:
+    """[B, K, G, Q, …] -> [B, K, G*Q, …]."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _causal_mask(segments: jax.Array, start: int, stop: int) -> jax.Array:
@@ -175,12 +239,13 @@ def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
     return dots * query.shape[-1] ** -0.5
 
 
-def _exponentials(*logits: jax.Array) -> tuple[list[jax.Array], jax.Array]:
-    """The numerators of one softmax over the last axes of all `logits`, and its denominator."""
+def _exponentials(*logits: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """The numerators of one softmax over the last axes of all `logits`, its denominator, and the
+    largest logit, which the numerators are relative to."""
     largest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in logits])
     largest = jax.lax.stop_gradient(largest)
     numerators = [jnp.exp(x - largest) for x in logits]
-    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators)
+    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators), largest
 
 
 def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:

@@ -16,9 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from palr_jax.llama import quantize
-from palr_jax.llama.attention import Cached, Causal
+from palr_jax.llama.attention import ATTENDED, Cached, Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES, constrain, row_shards
@@ -29,11 +30,14 @@ Rotation = tuple[jax.Array, jax.Array]
 ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # as PEFT
 LOGIT_CHUNK = 256  # scored tokens whose logits [chunk, V] exist at one time, on each device
 # What the backward pass keeps of a layer, by the name in `config.model.remat`; the rest it computes
-# again. Without the outputs of the attention and of everything elementwise it needs a quarter of
-# the memory for no measurable time; with the layer's input alone a tenth, for a third more work.
+# again. Without the results of everything elementwise it needs less memory for no measurable time;
+# with the layer's input alone a tenth, for a third more work.
 REMAT = {
     'none': jax.checkpoint_policies.everything_saveable,
-    'projections': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'projections': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    ),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -101,7 +105,33 @@ class Projection(nn.Module):
         a = self.param('lora_a', ADAPTER_INIT, (fan_in, self.lora.rank))
         b = self.param('lora_b', nn.initializers.zeros, (self.lora.rank, self.features))
         x = nn.Dropout(self.lora.dropout)(x, deterministic=not self.has_rng('dropout'))
-        return y + self.lora.scaling * ((x @ a.astype(x.dtype)) @ b.astype(x.dtype))
+        return y + self.lora.scaling * low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
+
+
+@jax.custom_vjp
+def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """x [B, T, D] @ a [D, rank] @ b [rank, features].
+
+    The gradients of `a` and `b` are sums over tokens with the thin array at the left: XLA's CPU
+    backend copies the left one transposed, and what JAX would put there has all features.
+    """
+    return (x @ a) @ b
+
+
+def _low_rank_forward(x, a, b):
+    inner = x @ a
+    return inner @ b, (x, inner, a, b)
+
+
+def _low_rank_backward(kept, out_bar):
+    x, inner, a, b = kept
+    inner_bar = out_bar @ b.T
+    a_bar = jnp.einsum('btr,btd->rd', inner_bar, x).T
+    b_bar = jnp.einsum('btr,btd->rd', inner, out_bar)
+    return inner_bar @ a.T, a_bar, b_bar
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Block(nn.Module):
@@ -145,7 +175,8 @@ class Attend(nn.Module):
         query = project('q', c.heads * c.head_dim)(x).reshape(B, T, c.heads, c.head_dim)
         key = project('k', c.kv_heads * c.head_dim)(x).reshape(B, T, c.kv_heads, c.head_dim)
         value = project('v', c.kv_heads * c.head_dim)(x).reshape(B, T, c.kv_heads, c.head_dim)
-        query, key = rotate(query, rotation), rotate(key, rotation)
+        # Named as what the attention keeps: else they would be rotated again for its backward pass.
+        query, key = (checkpoint_name(rotate(x, rotation), ATTENDED) for x in (query, key))
         if isinstance(attention, Cached):
             key, value = self._kept('key', key, attention), self._kept('value', value, attention)
         out = attention(query, key, value)
@@ -167,8 +198,30 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         project = functools.partial(_projection, self.lora, self.dtype)
-        gate = nn.silu(project('gate', self.config.hidden)(x))
-        return project('down', x.shape[-1])(gate * project('up', self.config.hidden)(x))
+        gate, up = (project(name, self.config.hidden)(x) for name in ('gate', 'up'))
+        return project('down', x.shape[-1])(swiglu(gate, up))
+
+
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer, 2020), whose backward pass writes its two results and no more."""
+    return nn.silu(gate) * up
+
+
+def _swiglu_forward(gate, up):
+    return swiglu(gate, up), (gate, up)
+
+
+def _swiglu_backward(kept, out_bar):
+    gate, up = kept
+    sigmoid = nn.sigmoid(gate)
+    gate_bar = out_bar * up * sigmoid * (1 + gate * (1 - sigmoid))
+    # Behind the barrier, or XLA's CPU backend writes the sigmoid down for both results: an
+    # exponential is quicker than its way to memory and back.
+    return gate_bar, out_bar * nn.silu(jax.lax.optimization_barrier(gate))
+
+
+swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 def _projection(lora: LoraSpec | None, dtype: jnp.dtype, name: str, features: int) -> Projection:
@@ -274,16 +327,53 @@ def log_likelihood(
     # Gathered once, not for every chunk.
     head = constrain(head, *((None, HEAD_AXIS) if axis == 0 else (HEAD_AXIS, None)))
 
-    @jax.checkpoint
-    def one_chunk(inputs):
-        hidden, targets = inputs
-        logits = head_logits(hidden, head, axis)
-        logits = constrain(logits, ROW_AXES, None, HEAD_AXIS)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    values = jax.lax.map(one_chunk, (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)))
+    parts = hidden.swapaxes(0, 1), targets.swapaxes(0, 1)
+    values = jax.lax.map(lambda part: _chosen(*part, head, axis), parts)
     return values.swapaxes(0, 1).reshape(B, -1)[:, :N]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _chosen(hidden: jax.Array, targets: jax.Array, head: jax.Array, axis: int) -> jax.Array:
+    """`log_likelihood` of one chunk.
+
+    Under a frozen head the gradient in `hidden` is made in the forward pass, where the logits are,
+    but for the factor that the backward pass brings: neither the logits are kept nor made again.
+    """
+    return _log_softmax(hidden, targets, head, axis)[0]
+
+
+def _log_softmax(hidden, targets, head, axis):
+    """([B, N] log-probability of each target, [B, N, V] logits, [B, N, 1] their log-sum-exp)."""
+    logits = head_logits(hidden, head, axis)
+    logits = constrain(logits, ROW_AXES, None, HEAD_AXIS)
+    norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return (chosen - norm)[..., 0], logits, norm
+
+
+def _chosen_forward(hidden, targets, head, axis):
+    hidden_value, target_ids, kernel = hidden.value, targets.value, head.value
+    found, logits, norm = _log_softmax(hidden_value, target_ids, kernel, axis)
+    if head.perturbed:
+        return found, (hidden_value, target_ids, kernel)
+    is_target = jnp.arange(logits.shape[-1]) == target_ids[..., None]
+    logits_bar = (is_target - jnp.exp(logits - norm)).astype(kernel.dtype)
+    hidden_bar = jax.lax.dot_general(
+        logits_bar, kernel, (((2,), (1 - axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
+    return found, hidden_bar.astype(hidden_value.dtype)
+
+
+def _chosen_backward(axis, kept, found_bar):
+    if not isinstance(kept, tuple):
+        return (kept * found_bar[..., None]).astype(kept.dtype), None, None
+    hidden, targets, head = kept
+    _, pull = jax.vjp(lambda h, w: _log_softmax(h, targets, w, axis)[0], hidden, head)
+    hidden_bar, head_bar = pull(found_bar)
+    return hidden_bar, None, head_bar
+
+
+_chosen.defvjp(_chosen_forward, _chosen_backward, symbolic_zeros=True)
 
 
 def apply_logits(

@@ -23,7 +23,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from palr_jax import storage
-from palr_jax.errors import BAD_INPUT, InputError
+from palr_jax.errors import BAD_INPUT, InputError, LocalError
 
 Result = TypeVar('Result')
 
@@ -203,6 +203,12 @@ def leave(error: Exception) -> None:
         flush=True,
     )
     os._exit(LOST)
+
+
+def leave_others(error: LocalError) -> None:
+    """Ends this process, whose fault the others will see as its end; see `leave`."""
+    print(f'error: {error}', file=sys.stderr, flush=True)
+    os._exit(BAD_INPUT)
 
 
 def first_line(error: BaseException) -> str:

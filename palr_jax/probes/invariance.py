@@ -17,10 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from palr_jax.errors import InputError
+from palr_jax.llm_input import queries_of
 from palr_jax.probes.finished import Finished
-from palr_jax.project import order_seed
 from palr_jax.ranking.score import Query, plan_batches
-from palr_jax.ranking.users import make_query
 
 USERS = 8
 # Of a sum of log-probabilities (natural logarithm) where products are made in float32.
@@ -63,7 +62,7 @@ def probe(run: Finished, number: int | None) -> dict[str, Any]:
     users, items = run.sample(number, USERS)
     if len(users) < 2:
         raise InputError(f'--users={len(users)}; allowed for --what=invariance: 2 or more.')
-    queries = user_queries(run, users, items)
+    queries, _ = queries_of(run.project, 'test', users, items)
     unit, allowed = tolerance(run.project.config, jax.default_backend())
     changes = try_changes(run, queries, unit, allowed)
     return run.record | {
@@ -73,25 +72,6 @@ def probe(run: Finished, number: int | None) -> dict[str, Any]:
         'changes': [asdict(change) for change in changes],
         'passed': all(change.passed for change in changes),
     }
-
-
-def user_queries(run: Finished, users: np.ndarray, items: np.ndarray) -> list[Query]:
-    """The run's own prompts of users [U'] with candidates [U', C]."""
-    project = run.project
-    config = project.config
-    histories = [project.dataset.split.history(user, 'test') for user in users]
-    profiles = project.profiles([history.tolist() for history in histories])
-    return [
-        make_query(
-            project.encoder,
-            config.prompts,
-            history,
-            profile,
-            of_user[of_user >= 0],
-            seed=order_seed(config, user),
-        )[0]
-        for user, history, profile, of_user in zip(users, histories, profiles, items)
-    ]
 
 
 def try_changes(run: Finished, queries: Sequence[Query], unit: str, allowed: float) -> list[Change]:

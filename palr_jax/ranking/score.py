@@ -2,15 +2,17 @@
 
 The score of a candidate is the log-likelihood of its answer tokens after the prompt. Scoring n
 answer tokens takes n - 1 input tokens: the first is scored by the prompt's last hidden state, which
-all candidates share, and the last is never an input. Those inputs are packed several candidates to
-a row of S tokens (`llama.attention.OnePass`), so little padding is computed. Candidates with the
-same tokens are computed once, and the layout does not depend on the candidates' order: equal titles
-tie to the bit, and no bit of a score says where in the list a candidate stood.
+all candidates share, and the last is never an input. Tokens that all answers begin with, as the
+quote before a title, stand once at the end of the prompt. The other inputs are packed several
+candidates to a row of S tokens (`llama.attention.OnePass`), so little padding is computed.
+Candidates with the same tokens are computed once, and the layout does not depend on the candidates'
+order: equal titles tie to the bit, and no bit of a score says where in the list a candidate stood.
 
 Users are grouped into at most a few shapes (prompt length, rows), chosen to compute the fewest
 tokens; each shape is compiled once.
 
-Axis letters: B batch (users), L prompt length, R rows, S row length, C candidates, V vocabulary.
+Axis letters: B batch (users), L prompt length, P shared beginning, R rows, S row length,
+C candidates, V vocabulary.
 """
 
 import dataclasses
@@ -60,6 +62,7 @@ class Shape:
     rows: int  # R
     row_length: int  # S
     candidates: int  # C
+    beginning: int = 0  # P, at most
 
     @property
     def tokens(self) -> int:
@@ -74,11 +77,12 @@ class Batch:
     Attributes:
       tokens: [B, L + R*S] int32, the prompt and then the rows.
       positions: [B, L + R*S] int32; a candidate's restart at the end of its user's prompt.
-      prompt: [B, L] bool, True on the prompt's tokens.
+      prompt: [B, L] bool, True on the tokens of the prompt and of the shared beginning.
       rows: [B, R, S] int32, the answer that a row token belongs to, counted from 1; 0 is padding.
       targets: [B, R*S] int32, the answer token that follows each row token.
-      first: [B, C] int32, each answer's first token; there are as many answers as candidates, or
-        fewer where candidates share one.
+      beginning: [B, P] int32, the tokens that all answers begin with; shorter ones have -1 before.
+      first: [B, C] int32, each answer's first token after those; there are as many answers as
+        candidates, or fewer where candidates share one.
       answers: [B, C] int32, each candidate's answer, counted from 0.
     """
 
@@ -87,6 +91,7 @@ class Batch:
     prompt: np.ndarray
     rows: np.ndarray
     targets: np.ndarray
+    beginning: np.ndarray
     first: np.ndarray
     answers: np.ndarray
 
@@ -107,7 +112,7 @@ def one_pass_scores(
     adapter's inputs have dropout.
     """
     L = batch.prompt.shape[1]
-    C = batch.first.shape[1]
+    C, P = batch.first.shape[1], batch.beginning.shape[1]
     model = Llama(config, lora, dtype, remat)
     hidden = model.apply(
         {'params': params},
@@ -118,16 +123,21 @@ def one_pass_scores(
     )
     head, axis = stored_head(params)
 
-    last = jnp.sum(batch.prompt, axis=1) - 1
-    last_hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    logits = head_logits(last_hidden, head, axis)
+    last = jnp.sum(batch.prompt, axis=1, keepdims=True) - 1
+    places = jnp.maximum(last + jnp.arange(-P, 1), 0)  # below 0 only where no token is shared
+    ends = jnp.take_along_axis(hidden, places[..., None], axis=1)
+    logits = head_logits(ends[:, -1], head, axis)
     first = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.first, axis=1)
 
-    rest = log_likelihood(hidden[:, L:], batch.targets, head, axis)[:, None]
+    scored = jnp.concatenate([ends[:, :-1], hidden[:, L:]], axis=1)
+    targets = jnp.concatenate([batch.beginning, batch.targets], axis=1)
+    values = log_likelihood(scored, targets, head, axis)
+    shared = jnp.sum(jnp.where(batch.beginning >= 0, values[:, :P], 0.0), axis=1, keepdims=True)
+    rest = values[:, None, P:]
     # A masked sum, not a scatter: its order is fixed on every device, and padding, whatever its
     # value, stays out of it.
     own = batch.rows.reshape(len(rest), 1, -1) == jnp.arange(1, C + 1)[:, None]
-    sums = first + jnp.sum(jnp.where(own, rest, 0.0), axis=-1)
+    sums = shared + first + jnp.sum(jnp.where(own, rest, 0.0), axis=-1)
     return jnp.take_along_axis(sums, batch.answers, axis=1)
 
 
@@ -230,13 +240,15 @@ def plan_groups(
         return []
     lengths = np.empty(len(queries), np.int64)
     rows = np.empty(len(queries), np.int64)
+    beginnings = np.empty(len(queries), np.int64)
     longest = max((len(tokens) for query in queries for tokens in query.candidates), default=0)
     row_length = max(row_length, -(-(longest - 1) // PROMPT_STEP) * PROMPT_STEP)
     for i, query in enumerate(queries):
         _check(query, i, max_positions)
-        lengths[i] = -(-len(query.prompt) // PROMPT_STEP) * PROMPT_STEP
         answers, _ = distinct_answers(query)
-        rows[i] = max(1, len(pack([len(answer) - 1 for answer in answers], row_length)))
+        beginnings[i] = begin = shared_beginning(answers)
+        lengths[i] = -(-(len(query.prompt) + begin) // PROMPT_STEP) * PROMPT_STEP
+        rows[i] = max(1, len(pack([len(answer) - begin - 1 for answer in answers], row_length)))
     candidates = max(len(query.candidates) for query in queries)
 
     groups = []
@@ -247,6 +259,7 @@ def plan_groups(
             int(rows[members].max()),
             row_length,
             candidates,
+            int(beginnings[members].max()),
         )
         groups.append((members, shape))
     return groups
@@ -308,6 +321,21 @@ def distinct_answers(query: Query) -> tuple[list[tuple[int, ...]], np.ndarray]:
     return answers, np.array([place[candidate] for candidate in candidates])
 
 
+def shared_beginning(answers: Sequence[tuple[int, ...]]) -> int:
+    """How many tokens all answers begin with, leaving each of them at least one more."""
+    lowest, highest = min(answers), max(answers)  # what these two share, those between do, too
+    most = min(map(len, answers)) - 1
+    differ = (i for i in range(most) if lowest[i] != highest[i])
+    return next(differ, most)
+
+
+def useful_tokens(query: Query) -> int:
+    """Tokens that the model has to read to score the query's candidates."""
+    answers, _ = distinct_answers(query)
+    begin = shared_beginning(answers)
+    return len(query.prompt) + begin + sum(len(answer) - begin - 1 for answer in answers)
+
+
 def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """First-fit decreasing: which items share a row; items of length 0 need none."""
     rows: list[list[int]] = []
@@ -332,34 +360,36 @@ def make_batch(queries: Sequence[Query], shape: Shape) -> Batch:
     prompt = np.zeros((B, L), bool)
     rows = np.zeros((B, R * S), np.int32)
     targets = np.zeros((B, R * S), np.int32)
+    beginning = np.full((B, shape.beginning), -1, np.int32)
     first = np.zeros((B, shape.candidates), np.int32)
     answers = np.zeros((B, shape.candidates), np.int32)
     for b in range(B):
         query = queries[b] if b < len(queries) else queries[0]
-        length = len(query.prompt)
-        tokens[b, :length] = query.prompt
+        distinct, answers[b, : len(query.candidates)] = distinct_answers(query)
+        begin = min(shape.beginning, shared_beginning(distinct))
+        length = len(query.prompt) + begin
+        beginning[b, shape.beginning - begin :] = distinct[0][:begin]
+        tokens[b, :length] = [*query.prompt, *distinct[0][:begin]]
         positions[b, :length] = np.arange(length)
         prompt[b, :length] = True
-        distinct, answers[b, : len(query.candidates)] = distinct_answers(query)
-        first[b, : len(distinct)] = [answer[0] for answer in distinct]
-        for r, members in enumerate(pack([len(answer) - 1 for answer in distinct], S)):
+        rests = [answer[begin:] for answer in distinct]
+        first[b, : len(rests)] = [rest[0] for rest in rests]
+        for r, members in enumerate(pack([len(rest) - 1 for rest in rests], S)):
             at = r * S
             for i in members:
-                n = len(distinct[i]) - 1
-                tokens[b, L + at : L + at + n] = distinct[i][:-1]
+                n = len(rests[i]) - 1
+                tokens[b, L + at : L + at + n] = rests[i][:-1]
                 positions[b, L + at : L + at + n] = length + np.arange(n)
                 rows[b, at : at + n] = i + 1
-                targets[b, at : at + n] = distinct[i][1:]
+                targets[b, at : at + n] = rests[i][1:]
                 at += n
-    return Batch(tokens, positions, prompt, rows.reshape(B, R, S), targets, first, answers)
+    rows = rows.reshape(B, R, S)
+    return Batch(tokens, positions, prompt, rows, targets, beginning, first, answers)
 
 
 def padding_share(queries: Sequence[Query], batches: Sequence[tuple[np.ndarray, Shape]]) -> float:
     """Share of the computed tokens that are of no use: padding and missing batch-mates."""
-    useful = sum(
-        len(query.prompt) + sum(len(answer) - 1 for answer in distinct_answers(query)[0])
-        for query in queries
-    )
+    useful = sum(map(useful_tokens, queries))
     computed = sum(shape.users * shape.tokens for _, shape in batches)
     return 1.0 - useful / computed if computed else 0.0
 

@@ -6,6 +6,7 @@ import pytest
 from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
 from palr_jax.finetune.input import (
+    GroupedRows,
     PackedRows,
     Rows,
     Tokens,
@@ -14,6 +15,7 @@ from palr_jax.finetune.input import (
     encode_example,
     lay_out,
     pack_epoch,
+    plan_steps,
     stack,
 )
 from palr_jax.prompts import Encoder, Example, load_template
@@ -279,8 +281,56 @@ def test_a_batch_is_its_rows_in_order():
         assert np.array_equal(batch.targets[b], rows[6 + b].targets)
 
 
+def test_grouped_rows_hold_one_example_and_keep_to_the_tokens_of_a_step():
+    """Whole batches of one of few shapes, and little padding."""
+    examples = made_up(200)
+    grouped = GroupedRows(examples, 60, 2, 300, seed=0, max_shapes=4)
+    shapes = set()
+    for batch in (grouped[i] for i in range(300)):
+        B, T = batch.tokens.shape
+        assert B % 2 == 0
+        assert B * T <= 2 * 60 < (B + 2) * T
+        assert batch.segments.max(axis=1).tolist() == [1] * B
+        shapes.add((B, T, batch.targets.shape[1]))
+        for row in range(B):
+            owner = examples[batch.tokens[row, 0] // 1000 - 1]
+            assert equal(
+                Rows(**{f: getattr(batch, f)[row] for f in Rows.__dataclass_fields__}),
+                lay_out([owner], T, batch.targets.shape[1]),
+            )
+    assert 1 < len(shapes) <= 4
+    assert max(T for _, T, _ in shapes) == 60
+    owners = np.concatenate([grouped[i].tokens[:, 0] // 1000 for i in range(300)])
+    assert set(owners.tolist()) == set(range(1, 201))
+    padded = sum(np.count_nonzero(grouped[i].segments == 0) for i in range(300))
+    assert padded < 0.2 * sum(grouped[i].tokens.size for i in range(300))
+
+
+def test_o05_grouped_batches_are_a_function_of_the_step():
+    """O05: and a longer run reads the same batches first."""
+    short, long = (GroupedRows(made_up(), 60, 2, n, seed=0, max_shapes=4) for n in (9, 40))
+    assert len(short) == 9
+    assert all(equal(short[i], long[i]) for i in (8, 0, 3))
+    other = GroupedRows(made_up(), 60, 2, 9, seed=1, max_shapes=4)
+    assert not all(np.array_equal(short[i].tokens, other[i].tokens) for i in range(9))
+
+
+def test_an_epoch_of_batches_by_hand():
+    """Groups of three and two members in batches of two and one: two and two batches an epoch."""
+    groups = [np.array([0, 1, 2]), np.array([3, 4])]
+    plan = plan_steps(groups, [2, 1], 8, seed=0)
+    for epoch in (plan[:4], plan[4:]):
+        assert sorted(group for group, _ in epoch) == [0, 0, 1, 1]
+        first = np.concatenate([members for group, members in epoch if group == 0])
+        assert len(first) == 4
+        assert set(first.tolist()) == {0, 1, 2}
+        assert sorted(int(members[0]) for group, members in epoch if group == 1) == [3, 4]
+
+
 def test_no_example_and_a_too_long_one_are_refused():
     with pytest.raises(InputError, match=r'no fine-tuning example: tasks\.users'):
         PackedRows([], 128, 4, seed=0)
     with pytest.raises(InputError, match=r'has 90 tokens; .*finetune\.length, which is 64'):
         PackedRows([Tokens(np.arange(90, dtype=np.int32), 80)], 64, 4, seed=0)
+    with pytest.raises(InputError, match=r'has 90 tokens; .*finetune\.length, which is 64'):
+        GroupedRows([Tokens(np.arange(90, dtype=np.int32), 80)], 64, 4, 1, seed=0, max_shapes=4)

@@ -25,6 +25,7 @@ SETTINGS = {
     'steps': 8,
     'batch_size': 3,
     'length': 64,
+    'max_shapes': 4,
     'learning_rate': 0.02,
     'warmup': 2,
     'decay_steps': 100,
@@ -140,18 +141,20 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(base, adapter):
 
 def test_an_epoch_holds_every_list_and_batches_are_a_function_of_seed_and_step():
     choices = draw_choices(12)
-    longer, shorter = (ListBatches(choices, 3, steps, 0, 512) for steps in (20, 6))
+    longer, shorter = (ListBatches(choices, 3, steps, 0, 4, 512) for steps in (20, 6))
     for step in range(6):
         for a, b in zip(jax.tree.leaves(longer[step]), jax.tree.leaves(shorter[step]), strict=True):
             np.testing.assert_array_equal(a, b)
     prompts = {choice.query.prompt.tobytes() for choice in choices}
     seen = set()
-    for step in range(len(ListBatches(choices, 3, 6, 0, 512))):
+    for step in range(len(ListBatches(choices, 3, 6, 0, 4, 512))):
         batch = longer[step].batch
         L = batch.prompt.shape[1]
         seen |= {row[:L][mask].tobytes() for row, mask in zip(batch.tokens, batch.prompt)}
-    assert seen == prompts
-    other = ListBatches(choices, 3, 6, 1, 512)
+    # Behind a prompt may stand what all its answers begin with.
+    assert len(seen) == len(prompts)
+    assert all(any(row.startswith(prompt) for row in seen) for prompt in prompts)
+    other = ListBatches(choices, 3, 6, 1, 4, 512)
     assert any(
         longer[step].batch.tokens.tobytes() != other[step].batch.tokens.tobytes()
         for step in range(6)
@@ -160,7 +163,7 @@ def test_an_epoch_holds_every_list_and_batches_are_a_function_of_seed_and_step()
 
 def test_no_list_is_refused():
     with pytest.raises(InputError, match='no list to learn from'):
-        ListBatches([], 3, 6, 0, 512)
+        ListBatches([], 3, 6, 0, 4, 512)
 
 
 def test_the_work_of_a_batch_by_hand():

@@ -37,6 +37,8 @@ SETTINGS = {
     'checkpoint_every': 4,
     'profile_at': 0,
     'profile_steps': 3,
+    'pack': True,
+    'max_shapes': 4,
 }
 
 
@@ -116,7 +118,7 @@ def test_less_is_kept_from_policy_to_policy_and_part_to_part():
         remat: memory_of(Program(LONG, SPEC, jnp.float32, remat)).temp_size_in_bytes
         for remat in REMAT
     }
-    assert scratch['none'] > 1.5 * scratch['projections'] > 2 * scratch['full']
+    assert scratch['none'] > 1.2 * scratch['projections'] > 2 * scratch['full']
     whole = scratch['projections']
     parts = memory_of(Program(LONG, SPEC, jnp.float32, parts=4)).temp_size_in_bytes
     assert parts < 0.5 * whole
@@ -220,5 +222,5 @@ def test_codes_are_not_trained():
     config = configs.default_config()
     config.finetune.full = True
     config.model.quantize = 'int8'
-    with pytest.raises(InputError, match=r"full fine-tuning: config\.model\.quantize='none'"):
+    with pytest.raises(InputError, match=r"in full fine-tuning config\.model\.quantize='none'"):
         configs.validate(config)

@@ -42,6 +42,8 @@ def settings(**fields):
         'checkpoint_every': 4,
         'profile_at': 0,
         'profile_steps': 3,
+        'pack': True,
+        'max_shapes': 4,
     }
     return ConfigDict(defaults | fields)
 
@@ -205,6 +207,17 @@ def test_a_run_in_two_pieces_is_the_run_in_one(
     assert_same_bits(run(base, tmp_path), expected)
     assert curve(tmp_path) == curve(folder)
     assert [line['step'] for line in curve(tmp_path)] == list(range(1, 11))
+
+
+@pytest.mark.slow
+def test_a_run_in_batches_of_several_shapes(base, tmp_path):
+    """O05 without packing: in two pieces as in one, and the loss falls."""
+    runs = functools.partial(train, base, PROGRAM, draw_examples(), seed=0)
+    runs(settings(steps=4, pack=False), workdir=tmp_path / 'pieces')
+    pieces = runs(settings(pack=False), workdir=tmp_path / 'pieces')
+    assert_same_bits(runs(settings(pack=False), workdir=tmp_path / 'one'), pieces)
+    losses = [line['loss'] for line in curve(tmp_path / 'one')]
+    assert losses[-1] < losses[0] - 0.3
 
 
 @pytest.mark.slow

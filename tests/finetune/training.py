@@ -32,6 +32,8 @@ SETTINGS = {
     'checkpoint_every': 5,
     'profile_at': 0,
     'profile_steps': 3,
+    'pack': True,
+    'max_shapes': 4,
 }
 
 

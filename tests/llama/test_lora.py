@@ -15,7 +15,7 @@ from palr_jax.errors import InputError
 from palr_jax.llama import lora
 from palr_jax.llama.attention import Causal
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.llama.model import Llama, Projection, apply_logits
+from palr_jax.llama.model import Llama, Projection, apply_logits, low_rank
 from palr_jax.testing.llama import random_params, tiny_config
 
 CONFIG = tiny_config(vocab_size=61)
@@ -55,6 +55,24 @@ def test_split_takes_the_tree_apart_and_join_mends_it(base):
     again = lora.join(adapter, frozen)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(params)))
+
+
+def test_gradients_of_the_low_rank_product():
+    """Of sum(y * weight): by the chain rule in float64."""
+    rng = np.random.default_rng(3)
+    x, a, b = (rng.standard_normal(shape) for shape in ((2, 5, 7), (7, 3), (3, 4)))
+    weight = rng.standard_normal((2, 5, 4))
+    narrow = [jnp.asarray(array, jnp.float32) for array in (x, a, b)]
+    out, pull = jax.vjp(low_rank, *narrow)
+    np.testing.assert_allclose(out, x @ a @ b, atol=1e-5)
+    tokens, wanted = x.reshape(-1, 7), weight.reshape(-1, 4)
+    expected = (
+        weight @ (a @ b).T,
+        tokens.T @ wanted @ b.T,
+        (tokens @ a).T @ wanted,
+    )
+    for found, known in zip(pull(jnp.asarray(weight, jnp.float32)), expected):
+        np.testing.assert_allclose(found, known, atol=1e-5)
 
 
 def test_labels_have_the_structure_of_the_parameters(base):

@@ -18,6 +18,7 @@ from palr_jax.llama.model import (
     log_likelihood,
     rms_norm,
     rotate,
+    swiglu,
 )
 from palr_jax.testing.llama import random_params, tiny_config
 
@@ -66,12 +67,50 @@ def test_causal_attention_equals_numpy(T):
         )
 
 
+@pytest.mark.parametrize('T', [7, 300])
+def test_the_gradient_of_causal_attention_is_that_of_a_plain_softmax(T):
+    """Its backward pass is written by hand; here is what JAX makes of the definition."""
+    query, key, value = draw_heads(T)
+    weight = draw_heads(T, seed=2)[0]
+    segments = np.sort(np.random.default_rng(1).integers(0, 4, (2, T)))[:, ::-1]
+    mask = np.tri(T, dtype=bool) & (segments[:, :, None] == segments[:, None])
+
+    def plain(query, key, value):
+        key, value = (jnp.repeat(x, 3, axis=2) for x in (key, value))
+        scores = jnp.einsum('bqhe,bthe->bhqt', query, key) / math.sqrt(query.shape[-1])
+        shares = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf))
+        return jnp.einsum('bhqt,bthe->bqhe', shares, value)
+
+    plan = Causal(jnp.asarray(segments))
+    found, expected = (
+        jax.jit(jax.grad(lambda *x, f=f: jnp.sum(f(*x) * weight), (0, 1, 2)))(query, key, value)
+        for f in (lambda *x: plan(*x), plain)
+    )
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_the_backward_pass_does_not_attend_again(params):
+    """The maximum of the logits is taken once, on the way forward; with no memory, twice."""
+    tokens = jnp.ones((1, 9), jnp.int32)
+    maxima = {}
+    for remat in ('projections', 'full'):
+        model = Llama(CONFIG, remat=remat)
+
+        def loss(params, model=model):
+            return model.apply({'params': params}, tokens, tokens, Causal(tokens)).sum()
+
+        maxima[remat] = str(jax.make_jaxpr(jax.grad(loss))(params)).count('reduce_max')
+    assert maxima == {'projections': 1, 'full': 2}
+
+
 def test_one_pass_attention_equals_numpy_under_one_mask():
     L, R, S = 9, 2, 6
     query, key, value = draw_heads(L + R * S)
     lengths = [9, 4]
     rows = np.array([[[1, 1, 1, 2, 2, 0], [3, 3, 4, 0, 0, 0]], [[2, 1, 1, 1, 1, 1], [0] * 6]])
     prompt = np.arange(L) < np.array(lengths)[:, None]
+    key[1, 4:9] *= 1e3  # of padding: it must not even decide what the largest logit is
     plan = OnePass(jnp.asarray(prompt), jnp.asarray(rows))
     out = np.asarray(jax.jit(lambda *x: plan(*x))(query, key, value))
     for b in range(2):
@@ -190,6 +229,22 @@ def test_rotation_turns_halves():
     np.testing.assert_array_equal(rotate(x, quarter).ravel(), [0, -1, 1, 0])
 
 
+def test_swiglu_and_its_gradients():
+    """By the definition in float64; the slope of x * sigmoid(x) by central differences."""
+    rng = np.random.default_rng(8)
+    gate, up, weight = rng.standard_normal((3, 2, 5))
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    slope = (silu(gate + 1e-5) - silu(gate - 1e-5)) / 2e-5
+    out, pull = jax.vjp(swiglu, *(jnp.asarray(x, jnp.float32) for x in (gate, up)))
+    np.testing.assert_allclose(out, silu(gate) * up, atol=1e-6)
+    gate_bar, up_bar = pull(jnp.asarray(weight, jnp.float32))
+    np.testing.assert_allclose(gate_bar, weight * up * slope, atol=1e-6)
+    np.testing.assert_allclose(up_bar, weight * silu(gate), atol=1e-6)
+
+
 def test_rms_norm_by_hand():
     """rms of (3, 4) is sqrt(12.5); in bfloat16 the mean is still taken in float32."""
     out = rms_norm(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0]), eps=0.0)
@@ -211,18 +266,23 @@ def test_log_likelihood_in_chunks_equals_the_whole(B, each):
     whole = logits[np.arange(N), targets] - np.log(np.exp(logits).sum(-1))
     arrays = [jnp.asarray(x, jnp.float32) for x in (hidden, head)]
 
-    @jax.jit
-    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
-    def mean(hidden, head):
+    def mean(hidden, head, axis=0):
         rows = hidden.reshape(B, each, 6), jnp.asarray(targets).reshape(B, each)
-        values = log_likelihood(*rows, head).ravel()
+        values = log_likelihood(*rows, head, axis).ravel()
         return jnp.mean(values), values
 
-    (_, values), (by_hidden, by_head) = mean(*arrays)
+    gradients = functools.partial(jax.value_and_grad, has_aux=True)
+    (_, values), (by_hidden, by_head) = jax.jit(gradients(mean, (0, 1)))(*arrays)
     np.testing.assert_allclose(values, whole, atol=1e-5)
     error = np.eye(11)[targets] - np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(by_hidden, error @ head.T / N, atol=1e-6)
     np.testing.assert_allclose(by_head, hidden.T @ error / N, atol=1e-6)
+
+    # A frozen head takes another way, here with a tied one: [V, D].
+    frozen = jax.jit(gradients(functools.partial(mean, axis=1)))
+    (_, values), by_hidden = frozen(arrays[0], arrays[1].T)
+    np.testing.assert_allclose(values, whole, atol=1e-5)
+    np.testing.assert_allclose(by_hidden, error @ head.T / N, atol=1e-6)
 
 
 def test_a_token_outside_the_vocabulary_is_no_number(params, logits):

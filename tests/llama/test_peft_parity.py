@@ -64,7 +64,7 @@ def trained_here(base, spec, folder):
         {
             **{'steps': 4, 'batch_size': 2, 'length': 32, 'learning_rate': 0.05, 'warmup': 0},
             **{'decay_steps': 9, 'weight_decay': 0.0, 'clip_norm': 1.0, 'checkpoint_every': 9},
-            **{'profile_at': 0, 'profile_steps': 1},
+            **{'pack': True, 'profile_at': 0, 'profile_steps': 1},
         }
     )
     rng = np.random.default_rng(0)

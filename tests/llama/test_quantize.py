@@ -110,6 +110,7 @@ def settings(**fields):
             'checkpoint_every': 4,
             'profile_at': 0,
             'profile_steps': 1,
+            'pack': True,
         }
         | fields
     )

@@ -160,6 +160,8 @@ TUNING.update(
         'checkpoint_every': 2,
         'profile_at': 0,
         'profile_steps': 1,
+        'pack': True,
+        'max_shapes': 4,
     }
 )
 

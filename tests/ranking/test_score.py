@@ -26,6 +26,8 @@ from palr_jax.ranking.score import (
     padding_share,
     plan_batches,
     score_queries,
+    shared_beginning,
+    useful_tokens,
 )
 from palr_jax.testing.llama import random_params, tiny_config
 
@@ -148,6 +150,46 @@ def test_a_single_token_is_scored_by_the_last_token_of_the_prompt(params, scorer
     np.testing.assert_allclose(found, [each[3:6].sum(), each[3]], atol=1e-5)
 
 
+def test_a_shared_beginning_by_hand():
+    """Every answer keeps a token of its own, one that is the beginning of another, too."""
+    assert shared_beginning([(7, 1, 2), (7, 1, 3), (7, 1, 2, 4)]) == 2
+    assert shared_beginning([(7, 1, 2), (7, 1), (7,)]) == 0
+    assert shared_beginning([(7, 1), (7, 1, 2)]) == 1
+    assert shared_beginning([(7, 1, 2), (8, 1, 2)]) == 0
+    assert shared_beginning([(7, 1, 2)]) == 2
+    query = Query(np.arange(15), (np.array([7, 1, 2]), np.array([7, 3]), np.array([7, 1, 2])))
+    [(_, shape)] = plan_batches([query], 1, 16, 1, 512)
+    assert (shape.length, shape.rows, shape.beginning) == (16, 1, 1)
+    batch = make_batch([query], shape)
+    assert batch.prompt.all()
+    assert batch.tokens[0].tolist() == [*range(15), 7, 1, *[0] * 15]
+    assert batch.positions[0, 15:18].tolist() == [15, 16, 0]
+    assert (batch.beginning.tolist(), batch.first.tolist()) == ([[7]], [[1, 3, 0]])
+    assert (batch.answers.tolist(), batch.targets[0, 0]) == ([[0, 1, 0]], 2)
+    assert useful_tokens(query) == 17
+
+
+def test_shared_beginnings_equal_naive_scoring(params, scorer):
+    """C01: beginnings of 0 to 14 tokens, of prompts shorter than that, side by side in a batch."""
+    rng = np.random.default_rng(11)
+    queries = []
+    for prompt, begin, rests in [(40, 1, 20), (3, 4, 9), (1, 14, 1), (22, 2, 5), (5, 0, 6)]:
+        beginning = rng.integers(0, VOCABULARY, begin)
+        rest = draw_query(rng, prompt, rng.integers(1, 16 - begin, rests))
+        answers = [np.concatenate([beginning, answer]) for answer in rest.candidates]
+        queries.append(Query(rest.prompt, tuple(answers)))
+    queries[1] = Query(queries[1].prompt, (*queries[1].candidates, queries[1].candidates[0][:4]))
+    [(_, shape)] = plan_batches(queries, 5, 32, 1, 512)
+    assert shape.beginning == 14
+    found = score(scorer, params, queries)
+    expected = naive_scores(params, queries)
+    assert_close(found, expected, atol=1e-4)
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=1e-5)
+    order = rng.permutation(20)
+    queries[0] = Query(queries[0].prompt, tuple(queries[0].candidates[i] for i in order))
+    np.testing.assert_array_equal(score(scorer, params, queries)[0], found[0][order])
+
+
 def test_the_order_of_the_candidates_changes_no_bit(params, scorer):
     """With the prompt fixed; and equal answers tie exactly, wherever they stand (D03)."""
     first, *others = draw_queries()
@@ -225,15 +267,16 @@ def test_padding_is_a_small_share():
 
 
 def test_padding_share_by_hand():
-    """Two users in a batch of four: 20 + 4 and 30 of 4 x (32 + 16) tokens are of use.
+    """Two users in a batch of four: 20 + 1 + 3 + 5 and 30 of 4 x (32 + 16) tokens are of use.
 
-    Equal candidates are computed once.
+    Equal candidates are computed once, and so is what all begin with.
     """
     zeros = functools.partial(np.zeros, dtype=np.int32)
-    queries = [Query(zeros(20), (zeros(5), zeros(5))), Query(zeros(30), (zeros(1),))]
+    answers = np.array([0, 1, 0, 0, 0]), np.array([0, 2, 0, 0, 0, 0, 0])
+    queries = [Query(zeros(20), (*answers, answers[0])), Query(zeros(30), (zeros(1),))]
     plan = plan_batches(queries, 4, 16, 1, 512)
     assert [(shape.tokens, shape.users) for _, shape in plan] == [(48, 4)]
-    assert padding_share(queries, plan) == pytest.approx(1 - 54 / 192)
+    assert padding_share(queries, plan) == pytest.approx(1 - 59 / 192)
 
 
 def test_pack_is_first_fit_decreasing():
@@ -316,6 +359,8 @@ def test_a_bfloat16_base_gives_distinct_float32_scores(params, expected):
 def test_the_gradient_equals_the_naive_one(params):
     """Listwise training goes through the same program; no NaN comes out of the masks."""
     queries = draw_queries()[:2]
+    opened = tuple(np.append(7, answer)[:15] for answer in queries[1].candidates)
+    queries[1] = Query(queries[1].prompt, opened)
     [(indices, shape)] = plan_batches(queries, 2, 16, 1, 512)
     batch = make_batch([queries[i] for i in indices], shape)
     adapter, base = lora.split(params)
