@@ -39,12 +39,12 @@ def _is_ours_or_a_warning(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or record.pathname.startswith(_PACKAGE)
 
 
-def _parse_flags(argv: list[str], within: str) -> list[str]:
+def _parse_flags(argv: list[str], within: str = '') -> list[str]:
     try:
         _check_config_flags(argv[1:], within)
         arguments = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
-        _fail(_wrong_type(error))
+        _fail(_wrong_type(error, within))
     except (InputError, flags.Error, TypeError, ValueError, OSError) as error:
         # The last three are what ml_collections lets through of a wrong value.
         _fail(error)
@@ -52,10 +52,10 @@ def _parse_flags(argv: list[str], within: str) -> list[str]:
     return arguments
 
 
-def _wrong_type(error: flags.IllegalFlagValueError) -> Exception:
+def _wrong_type(error: flags.IllegalFlagValueError, within: str) -> Exception:
     """The error in the words of `config.validate`, where the flag is a field of the config."""
     field, value = re.match(r'flag --(?:config\.)?([\w.]+)=(.*?)(?:: |$)', str(error)).groups()
-    default = flatten(default_config()).get(field)
+    default = flatten(default_config()).get(field.removeprefix(within))
     if default is None:
         return error
     kind = type(default).__name__

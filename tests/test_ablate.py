@@ -55,7 +55,7 @@ def base(tmp_path_factory):
     config.tasks.update({'candidates': 4, 'targets': 2, 'users': 0.5})
     config.finetune.update({'steps': 2, 'batch_size': 1, 'length': 400, 'held_out': 1})
     config.finetune.checkpoint_every = 1
-    config.ranking.update({'candidates': 6, 'users': 8, 'valid_users': 4, 'max_shapes': 1})
+    config.ranking.update({'candidates': 12, 'users': 24, 'valid_users': 4, 'max_shapes': 1})
     config.evaluation.resamples = 200
     return config
 
@@ -268,12 +268,17 @@ def test_the_numbers_are_those_of_the_stored_ranks(finished, base):
         scores = project.llm_scores('llm', 'test')
         targets = project.dataset.split.targets('test')[scores.users]
         shown = scores.normalized(variant.config.ranking.normalize)
-        mine = np.where(scores.items == targets[:, None], shown, -np.inf).max(1)
-        place = (shown > mine[:, None]).sum(1)
-        values[variant.name] = np.where(np.isfinite(mine), 1 / np.log2(place + 2), 0.0)
+        gains = np.append(1 / np.log2(np.arange(2, 12)), np.zeros(shown.shape[1]))
+        value = []
+        for items, target, row in zip(scores.items, targets, shown):
+            mine = row[items == target]
+            first = (row > mine).sum() if len(mine) else len(gains) - 1
+            ties = (row == mine).sum() if len(mine) else 1
+            value.append(gains[first : first + ties].mean())
+        values[variant.name] = np.array(value)
         row = of_name(found, variant.name)['systems']['llm']
         assert row['NDCG@10'] == pytest.approx(values[variant.name].mean())
-        assert row['users'] == 8
+        assert row['users'] == 24
         tokens = storage.read_arrays(project.folder('ranking') / 'prompts_test.npz')['tokens']
         assert of_name(found, variant.name)['costs']['prompt_tokens'] == tokens.mean()
     tested = {
