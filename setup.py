@@ -57,7 +57,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.11',
     packages=find_packages(include=['palr_jax', 'palr_jax.*']),
-    package_data={'palr_jax.prompts': ['templates/*/*.txt']},
+    package_data={'palr_jax.evaluation': ['*.css'], 'palr_jax.prompts': ['templates/*/*.txt']},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     classifiers=[

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from palr_jax import cli, study, study_report
 from palr_jax.errors import InputError
-from palr_jax.evaluation.study import table
+from palr_jax.evaluation.study_text import table
 from palr_jax.parallel import distributed
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The study, configs/ablations/NAME.py.')

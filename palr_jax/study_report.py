@@ -7,7 +7,7 @@ from etils import epath
 
 from palr_jax import storage
 from palr_jax.errors import InputError
-from palr_jax.evaluation import Run, item_facts
+from palr_jax.evaluation import Run, item_facts, study_chart, study_page, study_text
 from palr_jax.evaluation import study as report
 from palr_jax.project import Project
 from palr_jax.stages import flatten
@@ -16,7 +16,9 @@ from palr_jax.summary import full_run, ranked_runs
 
 
 def write(study: Study, workdir: epath.PathLike) -> dict[str, Any]:
-    """Everything that is finished in `workdir` -> `report/`: study.json, study.md and pictures.
+    """Everything that is finished in `workdir` -> `report/`.
+
+    Files: report.html, study.md with its pictures metrics.png and cost.png, and, last, study.json.
 
     Returns:
       The report as in study.json.
@@ -52,7 +54,12 @@ def write(study: Study, workdir: epath.PathLike) -> dict[str, Any]:
         versions=storage.read_json(alone).get('versions', {}) if alone.exists() else {},
         items=item_facts(dataset.split, dataset.catalogue),
     )
-    report.write(found, epath.Path(workdir) / 'report')
+    folder = epath.Path(workdir) / 'report'
+    storage.write_text(folder / 'report.html', study_page.build(found))
+    storage.write_text(folder / 'study.md', study_text.markdown(found))
+    storage.write_bytes(folder / 'metrics.png', study_chart.metrics(found))
+    storage.write_bytes(folder / 'cost.png', study_chart.cost(found))
+    storage.write_json(folder / 'study.json', found)
     return found
 
 

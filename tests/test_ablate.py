@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from palr_jax import pipeline, storage, study, study_report
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
-from palr_jax.evaluation import Run, TargetRanks, render
+from palr_jax.evaluation import Run, TargetRanks, render, study_text
 from palr_jax.evaluation import study as report
 from palr_jax.evaluation.metrics import ndcg
 from palr_jax.evaluation.statistics import holm, randomisation_test, smallest_detectable
@@ -213,7 +213,7 @@ def test_one_variant_a_process_stopped_and_continued_gives_the_same_report(
     assert study.run(opened, workdir, 'base') == {}  # the process of byte has tuned by now
     status, out, errors = command(f'--config={path}', f'--workdir={workdir}', '--report')
     assert (status, errors) == (0, [])
-    assert out.strip() == report.table(finished[1]).strip()
+    assert out.strip() == study_text.table(finished[1]).strip()
     found = storage.read_json(workdir / 'report' / 'study.json')
     assert without_seconds(found) == without_seconds(finished[1])
 
@@ -306,7 +306,7 @@ def test_the_page_has_a_row_a_system_the_changes_and_both_pictures(finished):
         assert f']({name})' in text
         assert (workdir / 'report' / name).read_bytes().startswith(b'\x89PNG')
     assert found['missing'] == []
-    assert max(map(len, report.table(found).splitlines())) <= 100
+    assert max(map(len, study_text.table(found).splitlines())) <= 100
 
 
 def outcome(name, greater, users=None):
@@ -377,10 +377,10 @@ def test_missing_and_failed_variants_have_a_row_of_their_own():
         missing=['b'],
         failed={'c': 'It broke.'},
     )
-    text = report.markdown(found)
+    text = study_text.markdown(found)
     assert '- c failed: It broke.\n- Not finished: b.' in text
     assert f'| b | seed: 0 → 1 | missing | {render.UNKNOWN} |' in text
-    assert report.table(found).splitlines()[-2:] == [f'{"b":<22}missing', f'{"c":<22}failed']
+    assert study_text.table(found).splitlines()[-2:] == [f'{"b":<22}missing', f'{"c":<22}failed']
 
 
 # --- what is refused --------------------------------------------------------------------------

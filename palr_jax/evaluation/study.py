@@ -1,8 +1,7 @@
-"""What a study found, as one JSON-able dict and as the files made from it.
+"""What a study found, as one JSON-able dict, from which all its text and pictures derive.
 
 Every variant is compared with the base on the same users, system by system: the retriever, the LLM
-(tuned where the variant tunes it), and both fused. All text and pictures derive from the dict that
-`build` returns.
+(tuned where the variant tunes it), and both fused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,12 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from etils import epath
 
-from palr_jax import storage
 from palr_jax.errors import InputError
-from palr_jax.evaluation import render, statistics, study_chart
 from palr_jax.evaluation import report as single
+from palr_jax.evaluation import statistics
 from palr_jax.evaluation.lists import ItemFacts
 from palr_jax.evaluation.report import Comparison, Run
 
@@ -190,139 +187,3 @@ def _correct(compared: Mapping[tuple[tuple[str, str], str], dict[str, Any]]) -> 
 def _diff(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """{field: [value in the base, value here]} of the fields that differ."""
     return {f: [base[f], value] for f, value in changes.items() if base[f] != value}
-
-
-def write(report: Mapping[str, Any], folder: epath.PathLike) -> None:
-    """Writes study.md, metrics.png, cost.png and, last, study.json."""
-    folder = epath.Path(folder)
-    storage.write_text(folder / 'study.md', markdown(report))
-    storage.write_bytes(folder / 'metrics.png', study_chart.metrics(report))
-    storage.write_bytes(folder / 'cost.png', study_chart.cost(report))
-    storage.write_json(folder / 'study.json', report)
-
-
-# --- text -------------------------------------------------------------------------------------
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """The study as a page: one table, the pictures, how to read them."""
-    finished = [v for v in report['variants'] if v['status'] == 'finished']
-    parts = [
-        f'# Study: {report["study"].replace("_", " ")}',
-        f'{render.dataset_title(report)}, {_users(finished[0])} test users.',
-    ]
-    problems = _problems(report)
-    if problems:
-        parts.append(problems)
-    parts += ['## Variants', _table(report)]
-    parts += ['![HR@10 and NDCG@10 of the variants](metrics.png)']
-    parts += ['![NDCG@10 against tokens and seconds](cost.png)']
-    parts += ['## How to read this', _reading(report)]
-    parts += ['## Training curves', _curves(finished)]
-    return '\n\n'.join(parts) + '\n'
-
-
-def table(report: Mapping[str, Any]) -> str:
-    """The main numbers for the terminal, at most 100 columns wide."""
-    lines = [
-        f'{"variant":<22}{"system":<19}{"HR@10":>7}{"NDCG@10":>9}  {"95 % interval":<18}'
-        f'{"diff":>8}{"p, Holm":>9}'
-    ]
-    for variant in report['variants']:
-        if variant['status'] != 'finished':
-            lines.append(f'{variant["name"][:21]:<22}{variant["status"]}')
-            continue
-        for role, row in variant['systems'].items():
-            found = row['difference'].get('NDCG@10', {})
-            lines.append(
-                f'{variant["name"][:21]:<22}{ROLES[role]:<19}{render.number(row["HR@10"]):>7}'
-                f'{render.number(row["NDCG@10"]):>9}  '
-                f'{render.interval(row["ci95"]["NDCG@10"]):<18}'
-                f'{render.number(found.get("difference"), render.SIGNED):>8}'
-                f'{render.number(found.get("p_adjusted")):>9}'
-            )
-    return '\n'.join(lines) + '\n'
-
-
-def _users(variant: Mapping[str, Any]) -> str:
-    return f'{next(iter(variant["systems"].values()))["users"]:,}'
-
-
-def _problems(report: Mapping[str, Any]) -> str:
-    lines = [
-        f'- {v["name"]} failed: {v["error"]}' for v in report['variants'] if v['status'] == 'failed'
-    ]
-    if report['missing']:
-        lines.append(f'- Not finished: {", ".join(report["missing"])}.')
-    return '\n'.join(lines)
-
-
-def _table(report: Mapping[str, Any]) -> str:
-    head = ['Variant', 'Change', 'System']
-    head += [cell for metric in METRICS for cell in (metric, '95 %')]
-    head += ['Δ NDCG@10', '95 %', 'p', 'p (Holm)', 'Detectable', *COSTS.values()]
-    body = []
-    for variant in report['variants']:
-        changes = change_text(variant)
-        if variant['status'] != 'finished':
-            blank = [render.UNKNOWN] * (len(head) - 3)
-            body.append([variant['name'], changes, variant['status'], *blank])
-            continue
-        costs = [render.number(variant['costs'][key], ',.0f') for key in COSTS]
-        for role, row in variant['systems'].items():
-            found = row['difference'].get('NDCG@10', {})
-            cells = [variant['name'], changes, ROLES[role]]
-            for metric in METRICS:
-                cells += [render.number(row[metric]), render.interval(row['ci95'][metric])]
-            cells += [
-                render.number(found.get('difference'), render.SIGNED),
-                render.interval(found.get('ci95'), render.SIGNED),
-                *(render.number(found.get(key)) for key in ('p_value', 'p_adjusted', 'detectable')),
-            ]
-            body.append([*cells, *costs])
-    return render.table_of(head, body, left=3)
-
-
-def change_text(variant: Mapping[str, Any]) -> str:
-    """'prompts.profile: counts → none'."""
-    changes = variant['changes'].items()
-    shown = (f'{field}: {_value(a)} → {_value(b)}' for field, (a, b) in changes)
-    return '; '.join(shown) or 'the base'
-
-
-def _value(value: Any) -> str:
-    return ' '.join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _reading(report: Mapping[str, Any]) -> str:
-    draws = f'{report["evaluation"]["resamples"]:,}'
-    lines = [
-        'Every row is over the same users; a user whose target is not among the ranked items is a '
-        'miss for every metric.',
-        'LLM: after tuning, where the variant tunes it. Fused: the retriever and the LLM, with a '
-        'weight chosen on validation users for each variant.',
-        f'Intervals: 95 % percentile bootstrap over users, {draws} resamples, seed '
-        f'{report["seed"]}. They cover the choice of the users, not that of the training seed.',
-        f'Δ: paired difference to the base on the same users. p: two-sided randomisation test, '
-        f'{draws} draws; corrected after Holm over the variants of a system. No number: the '
-        'variant ranks every target as the base does, or is the base.',
-        'Detectable: the true difference that an uncorrected test at 5 % of as many such users '
-        'would find 8 times in 10. What is not significant may still be a smaller difference than '
-        'this.',
-        'Ranking: seconds in which the LLM of the row scored the test users, compilation included. '
-        'Fine-tuning: seconds of the session that finished it, with the held-out loss before and '
-        'after. What variants share was made once.',
-    ]
-    return '\n'.join(f'- {line}' for line in lines)
-
-
-def _curves(variants: Sequence[Mapping[str, Any]]) -> str:
-    tuned = [[v['name'], f'stages/{v["folders"]["finetune"]}'] for v in variants if _tuned(v)]
-    if not tuned:
-        return 'Nothing was tuned.'
-    text = '`tensorboard --logdir` of the study shows all of them under the name of their folder.'
-    return f'{text}\n\n{render.table_of(["Variant", "Folder"], tuned, left=2)}'
-
-
-def _tuned(variant: Mapping[str, Any]) -> bool:
-    return 'finetune' in variant['folders']
