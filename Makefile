@@ -1,6 +1,6 @@
 # make demo    the whole system on MovieLens-100K with SmolLM2-135M, under ten minutes on two cores
 # make test    every test that needs nothing but Python
-# make test-more  the tests that install PyTorch (CPU) and libtpu, or start several processes
+# make test-more  the tests that install PyTorch (CPU), libtpu and Playwright, or start several processes
 # make test-beam  the tests of the Apache Beam path, in an environment of their own (.venv-beam)
 # make check   lint and the quick tests, for every commit
 # Each makes .venv if need be. Another interpreter: make PYTHON=python3.12 demo
@@ -24,7 +24,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE)"
 
 test-more: $(VENV)/installed
-	$(INSTALL) -e '.[test,torch,tpu_backend]'
+	$(INSTALL) -e '.[test,torch,tpu_backend,browser]'
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not ($(ELSEWHERE))"
 
 # Without the constraints: apache-beam wants an older protobuf than everything else here.

@@ -44,6 +44,7 @@ EXTRAS = {
     'sentencepiece': ['sentencepiece', 'protobuf'],  # folders with no tokenizer.json
     # pytrec-eval is trec_eval, the reference of the ranking metrics, as a wheel.
     'test': ['pytest>=9.2', 'pytest-xdist>=3.8', 'pytrec-eval-terrier>=0.5.11', 'ruff>=0.17'],
+    'browser': ['playwright>=1.65'],  # opens report pages in a Chromium of the system
     'torch': ['torch==2.13.0', 'peft>=0.18'],  # the references of the parity tests, CPU build
     'tpu_backend': ['libtpu'],  # compiles for TPUs on a machine without one
 }

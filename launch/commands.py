@@ -18,6 +18,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 FAILED = 1  # exit status
 INTERRUPTED = 128 + 2  # what shells expect after Ctrl-C, signal 2
+PROGRAMS = ('palr_jax.main', 'palr_jax.ablate')  # what can be launched, the usual one first
 
 _HOW_TO_GET = {
     'gcloud': 'it is the Google Cloud CLI, https://cloud.google.com/sdk/docs/install',
@@ -124,15 +125,20 @@ def launch(program: Callable[[list[str], list[str]], int]) -> None:
 
 
 def palr(arguments: Sequence[str], python: str, *, distributed: bool = True) -> list[str]:
-    """The command line of a run.
+    """The command line of a run: of palr_jax.main, or of the program that the arguments begin with.
 
     Raises:
-      LaunchError: there are no arguments.
+      LaunchError: there are no arguments, or the program is none that makes runs.
     """
+    program, arguments = PROGRAMS[0], list(arguments)
+    if arguments and not arguments[0].startswith('-'):
+        program = arguments.pop(0)
+    if program not in PROGRAMS:
+        raise LaunchError(f'{program} cannot be launched; allowed: {", ".join(PROGRAMS)}.')
     if not arguments:
-        raise LaunchError('Nothing to run: give the arguments of palr_jax.main after --.')
+        raise LaunchError(f'Nothing to run: give the arguments of {program} after --.')
     flag = ['--distributed'] if distributed and '--distributed' not in arguments else []
-    return [python, '-m', 'palr_jax.main', *flag, *arguments]
+    return [python, '-m', program, *flag, *arguments]
 
 
 def require_shared_workdir(arguments: Sequence[str]) -> None:

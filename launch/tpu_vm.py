@@ -329,7 +329,7 @@ flock --shared lock true
 sleep 1
 kill $!
 [ -f status ] || exit {RUN_VANISHED}
-echo "palr_jax.main ended with status $(cat status)"
+echo "the run ended with status $(cat status)"
 [ "$(cat status)" = 0 ] || exit {RUN_FAILED}"""
 
 

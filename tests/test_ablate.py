@@ -5,7 +5,9 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,8 +19,8 @@ import pytest
 from absl import logging
 from ml_collections import ConfigDict
 
-from palr_jax import pipeline, storage, study, study_report
-from palr_jax.config import default_config
+from palr_jax import pipeline, recommend, storage, study, study_report
+from palr_jax.config import check_name, default_config
 from palr_jax.errors import InputError
 from palr_jax.evaluation import Run, TargetRanks, render, study_text
 from palr_jax.evaluation import study as report
@@ -124,6 +126,15 @@ def test_a_variant_is_the_run_that_the_same_config_is_by_itself(finished, base, 
     stored = storage.read_json(workdir / 'variants' / 'no_profile' / 'report' / 'metrics.json')
     for key in ('runs', 'comparisons', 'retrieval', 'dataset', 'finetune'):
         assert stored[key] == alone[key], key
+
+
+@pytest.mark.slow
+def test_a_variant_recommends_and_is_no_run_of_its_own(finished, base):
+    variant = finished[0] / 'variants' / 'no_profile'
+    title = Project(base, variant).dataset.catalogue.titles[0]
+    assert len(recommend.recommend(variant, [title], 3)) == 3
+    with pytest.raises(InputError, match=r'is a variant of a study, which palr_jax\.ablate runs'):
+        pipeline.run(base, variant)
 
 
 @pytest.mark.slow
@@ -398,6 +409,34 @@ def test_every_study_is_allowed_and_says_how_to_run_it(path):
     )
 
 
+def test_the_docs_tell_every_study_and_their_commands_are_real(tmp_path):
+    """The table's rows and counts; files, variants, fields and flags of each command."""
+    text = (ROOT / 'docs' / 'ablations.md').read_text()
+    table = dict(re.findall(r'^\| `(\w+)\.py` \| (\d+) \|', text, re.M))
+    opened = {p.stem: study.open_study(runpy.run_path(str(p))['get_config']()) for p in STUDIES}
+    assert table == {name: str(len(found.variants) - 1) for name, found in opened.items()}
+    lines = text.replace('\\\n', ' ').splitlines()
+    commands = [
+        shlex.split(line) for line in lines if 'palr_jax.ablate --' in line and '`' not in line
+    ]
+    assert len(commands) >= 5
+    for words in commands:
+        given = dict(word.removeprefix('--').split('=') for word in words if '=' in word)
+        flags = {word.split('=')[0].removeprefix('--') for word in words if word.startswith('--')}
+        found = opened[pathlib.Path(given['config']).stem]
+        for name in flags - {'config', 'workdir', 'variant', 'report', 'gpus'}:
+            check_name(name.removeprefix('config.'), 'base.')
+        if given.get('variant', '$name') != '$name':
+            study.find(found, given['variant'])
+    for name in re.search(r'for name in (.*); do', text)[1].split():
+        study.find(opened['prompt_components'], name)
+    example = re.search(r'```python\n(.*?)```', text, re.S)[1]
+    (tmp_path / 'short_prompts.py').write_text(example)
+    config = runpy.run_path(str(tmp_path / 'short_prompts.py'))['get_config']()
+    names = [variant.name for variant in study.open_study(config).variants]
+    assert names == ['base', 'no_profile', 'latest_4']
+
+
 def defined(*variants):
     return study.define('some', default_config(), *variants)
 
@@ -508,15 +547,26 @@ def test_an_unknown_variant_is_named_with_those_that_there_are(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_refuses_in_one_sentence(tmp_path):
-    """A misspelt field of the base, and a field that stands outside it."""
+    """A misspelt field of the base, one that stands outside it, a wrong type, no such study."""
     config = '--config=configs/ablations/tasks.py'
-    for field, hint in (
-        ('base.ranking.user', 'did you mean config.base.ranking.users?'),
-        ('ranking.users', 'did you mean config.base.ranking.users?'),
+    for argument, told in (
+        (
+            '--config.base.ranking.user=5',
+            'config.base.ranking.user is not a field; did you mean config.base.ranking.users?',
+        ),
+        (
+            '--config.ranking.users=5',
+            'config.ranking.users is not a field; did you mean config.base.ranking.users?',
+        ),
+        (
+            '--config.base.ranking.users=few',
+            'config.base.ranking.users=few; allowed: a value of type int.',
+        ),
+        ('--config=configs/ablations/task.py', '--config=configs/ablations/task.py: this file'),
     ):
-        status, out, errors = command(config, f'--workdir={tmp_path}', f'--config.{field}=5')
-        assert (status, out) == (2, '')
-        assert errors == [f'error: config.{field} is not a field; {hint}']
+        status, out, errors = command(config, f'--workdir={tmp_path}', argument)
+        assert (status, out, len(errors)) == (2, '', 1)
+        assert errors[0].startswith(f'error: {told}')
     assert not list(tmp_path.iterdir())
 
 

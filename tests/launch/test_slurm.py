@@ -29,6 +29,19 @@ def test_happy_path_is_what_the_dry_run_prints(desk):
     assert desk.dry_run('slurm.py', f'{RUN} {MAIN}') == desk.calls
 
 
+def test_a_variant_of_a_study_is_launched_too(desk, one_sentence):
+    study = '--config=configs/ablations/tasks.py --workdir=/shared/tasks --variant=v1'
+    _, submit = desk.dry_run('slurm.py', f'{RUN} -- palr_jax.ablate {study}')
+    wanted = f'.venv/bin/python -m palr_jax.ablate --distributed {study}'
+    assert ' '.join(submit).endswith(f' {wanted}')
+    assert one_sentence(desk('slurm.py', f'{RUN} -- palr_jax.convert {study}')) == (
+        'error: palr_jax.convert cannot be launched; allowed: palr_jax.main, palr_jax.ablate.'
+    )
+    assert 'arguments of palr_jax.ablate' in one_sentence(
+        desk('slurm.py', f'{RUN} -- palr_jax.ablate')
+    )
+
+
 def test_interrupted_script_that_is_run_again_submits_nothing(desk):
     desk.script(('squeue', [{'out': '4711 PENDING\n'}]))
     done = desk('slurm.py', f'{RUN} {MAIN}')

@@ -70,7 +70,7 @@ def test_a_run_goes_on_without_its_caller_and_is_followed_to_its_end(worker):
     assert started.returncode == 0, started.stderr
     followed = worker.follow()
     assert followed.returncode == 0
-    assert "it's done\npalr_jax.main ended with status 0\n" in followed.stdout
+    assert "it's done\nthe run ended with status 0\n" in followed.stdout
     assert worker.follow().returncode == 0  # again, after the end
 
 
@@ -78,7 +78,7 @@ def test_a_failing_run_is_told_from_a_lost_connection(worker):
     worker.start('echo no such file; exit 2')
     followed = worker.follow()
     assert followed.returncode == RUN_FAILED
-    assert 'no such file\npalr_jax.main ended with status 2\n' in followed.stdout
+    assert 'no such file\nthe run ended with status 2\n' in followed.stdout
 
 
 def test_starting_twice_starts_once(worker):
