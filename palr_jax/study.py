@@ -78,19 +78,22 @@ def open_study(config: ConfigDict) -> Study:
     validate(config.base)
     fields = flatten(config.base)
     variants = [Variant(BASE, {}, restore(fields))]
+    taken = [_parts(config.base)]  # what the variants so far give
     for name, pairs in config.variants:
         _check_variant_name(name, [variant.name for variant in variants])
         changes = {
             field: list(value) if isinstance(value, tuple) else value for field, value in pairs
         }
         variant = Variant(name, changes, _changed(name, fields, changes))
-        for other in variants:
-            if _parts(variant.config) == _parts(other.config):
+        parts = _parts(variant.config)
+        for other, known in zip(variants, taken):
+            if parts == known:
                 raise InputError(
                     f'variant {name}: it gives the same config as {other.name}; allowed: a variant '
                     'that changes something.'
                 )
         variants.append(variant)
+        taken.append(parts)
     if len(variants) == 1:
         raise InputError(f'The study {config.name} has no variants; allowed: one or more.')
     return Study(config.name, tuple(variants))
