@@ -29,12 +29,14 @@ EVERYWHERE = (
 # A row a chip in 2 parts is half a row a chip at a time: two chips share a row's heads.
 HALVED_256 = (PARTS, '--config.mesh.data=8', '--config.mesh.tensor=2')
 HALVED_64 = (PARTS, '--config.mesh.data=2', '--config.mesh.tensor=2')
+KEPT = ('--config.model.remat=none',)
 FULL = ('--config.finetune.full=True',)
 VARIANTS = {
     'v5e-8': (
         *EVERYWHERE,
         ('LoRA, projections kept', 'train', ('--config.model.remat=projections',)),
-        ('LoRA, everything kept', 'train', ('--config.model.remat=none',)),
+        ('LoRA, everything kept', 'train', KEPT),
+        ('LoRA, everything kept, 64 rows', 'train', (*KEPT, '--config.finetune.batch_size=64')),
         ('ranking, int8', 'rank', (INT8,)),
     ),
     'v5e-16': (

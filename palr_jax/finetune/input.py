@@ -25,7 +25,7 @@ from palr_jax.prompts.encode import Encoder, Prompt
 from palr_jax.prompts.tasks import Example
 from palr_jax.ranking.score import choose_groups
 
-LENGTH_STEP = 8  # T of a group is rounded up to a multiple of this
+LENGTH_STEP = 16  # T of a group is rounded up to a multiple of this
 ANSWER_STEP = 16  # M is rounded up to a multiple of this
 ANSWER_SLACK = 1.25  # M over the answer tokens of a row of average examples
 OPEN_ROWS = 64  # rows that an example may still join while an epoch is packed

@@ -211,7 +211,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _spans(tokens: int) -> list[tuple[int, int]]:
     """(start, stop) of the blocks of queries."""
-    size = max(LEAST_BLOCK, -(-tokens // BLOCKS))
+    size = max(LEAST_BLOCK, -(-tokens // (BLOCKS * 32)) * 32)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
