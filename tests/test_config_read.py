@@ -22,7 +22,10 @@ SMALL = {
     **{'ranking.valid_users': 4, 'evaluation.resamples': 50, 'data.source': 'table'},
 }
 # Two runs that between them go through every part that has fields of its own.
-TUNED = {'tasks.candidates_from': 'retriever', 'tasks.recommend_retrieval': 1.0}
+TUNED = {
+    **{'tasks.candidates_from': 'retriever', 'tasks.recommend_retrieval': 1.0},
+    'finetune.pack': False,  # then max_shapes counts
+}
 UNTUNED = {
     'stages': ('data', 'retrieval', 'ranking'),
     'retrieval.systems': ('covisitation', 'profile'),

@@ -78,6 +78,7 @@ def test_two_and_four_processes_do_what_one_does(launch, finish, config_file, al
         ended = run(launch, finish, config_file, workdir, count)
         assert f'process {count - 1} of {count}: ' in ended[0].output
         assert 'NDCG@10' in ended[0].output
+        assert all(f'{4 // count} of each 4 rows are laid out here' in e.output for e in ended)
         assert 'NDCG@10  95' not in ended[1].output  # process 0 alone prints the report
         expected, found = losses(alone), losses(workdir)
         assert sorted(found) == sorted(expected) == [1, 2, 3, 4, 5, 6]
