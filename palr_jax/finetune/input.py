@@ -19,8 +19,10 @@ import flax.struct
 import grain
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from palr_jax.errors import InputError
+from palr_jax.parallel.mesh import own_rows
 from palr_jax.prompts.encode import Encoder, Prompt
 from palr_jax.prompts.tasks import Example
 from palr_jax.ranking.score import choose_groups
@@ -183,6 +185,8 @@ class PackedRows:
 class GroupedRows:
     """Random access to the batches of a run, for Grain, whose rows hold one example each.
 
+    On a mesh a process has the rows that its devices hold.
+
     Examples of similar length share one of at most `max_shapes` shapes. A batch has as many rows as
     fit its tokens, a multiple of `batch_size`, so that meshes and parts divide each as they divide
     `batch_size`.
@@ -196,6 +200,7 @@ class GroupedRows:
         steps: int,
         seed: int,
         max_shapes: int,
+        mesh: Mesh | None = None,
     ):
         """`steps` batches of up to `batch_size` * `row_length` tokens; see `plan_steps`.
 
@@ -206,6 +211,7 @@ class GroupedRows:
         padded = np.minimum(-(-lengths // LENGTH_STEP) * LENGTH_STEP, row_length)
         groups = choose_groups(padded, answers, max_shapes, batch_size)
         self._examples = examples
+        self._mesh = mesh
         self._shapes = [
             (
                 int(padded[members].max()),
@@ -229,7 +235,8 @@ class GroupedRows:
 
     def __getitem__(self, index: int) -> Rows:
         group, members = self._plan[index]
-        return stack([lay_out([self._examples[i]], *self._shapes[group]) for i in members])
+        own = members[own_rows(len(members), self._mesh)]
+        return stack([lay_out([self._examples[i]], *self._shapes[group]) for i in own])
 
 
 def plan_steps(
@@ -290,9 +297,14 @@ def lay_out(examples: Sequence[Tokens], row_length: int, answers: int) -> Rows:
     return Rows(tokens, positions, segments, before, targets, weights)
 
 
-def batches(rows: PackedRows, batch_size: int) -> grain.MapDataset:
-    """Step -> Rows with a leading B; step s holds the rows s*B … s*B + B - 1."""
-    return grain.MapDataset.source(rows).batch(batch_size, batch_fn=stack)
+def batches(rows: PackedRows, batch_size: int, mesh: Mesh | None = None) -> grain.MapDataset:
+    """Step -> Rows with a leading B; step s holds the rows s*B … s*B + B - 1.
+
+    On a mesh a process has those of them that its devices hold.
+    """
+    own = own_rows(batch_size, mesh)
+    steps = grain.MapDataset.range(len(rows) // batch_size)
+    return steps.map(lambda step: stack([rows[step * batch_size + row] for row in own]))
 
 
 def stack(rows: Sequence[Rows]) -> Rows:

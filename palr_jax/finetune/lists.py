@@ -20,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from palr_jax.errors import InputError
 from palr_jax.finetune.input import plan_steps
+from palr_jax.parallel.mesh import own_rows
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.tasks import Example
 from palr_jax.ranking.score import (
@@ -112,8 +114,11 @@ class ListBatches:
         seed: int,
         max_shapes: int,
         max_positions: int,
+        mesh: Mesh | None = None,
     ):
         """`steps` batches of `batch_size` lists in at most `max_shapes` shapes; see `plan_steps`.
+
+        On a mesh a process has the lists that its devices hold.
 
         Raises:
           InputError: there is no list, or one has more tokens than the model reads.
@@ -124,6 +129,7 @@ class ListBatches:
                 'training items, or no later item of a user was retrieved.'
             )
         self._choices = choices
+        self._own = own_rows(batch_size, mesh)
         queries = [choice.query for choice in choices]
         groups = plan_groups(queries, batch_size, ROW_LENGTH, max_shapes, max_positions)
         members, shapes = zip(*groups)
@@ -144,7 +150,8 @@ class ListBatches:
 
     def __getitem__(self, index: int) -> Lists:
         members, shape = self._plan[index]
-        return lay_out([self._choices[i] for i in members], shape)
+        own = [self._choices[i] for i in members[self._own]]
+        return lay_out(own, dataclasses.replace(shape, users=len(own)))
 
 
 def lay_out(choices: Sequence[Choice], shape: Shape) -> Lists:

@@ -50,6 +50,10 @@ class Work:
         beginnings = np.count_nonzero(batch.batch.beginning[real] >= 0)
         return cls(int(tokens), int(rows.sum() + beginnings + len(prompts)), int(pairs))
 
+    def times(self, factor: float) -> 'Work':
+        """Of a whole that has `factor` times this part's rows, as full as this part."""
+        return Work(*(round(factor * count) for count in dataclasses.astuple(self)))
+
 
 def model_flops(config: LlamaConfig, lora: LoraSpec | None, work: Work) -> float:
     """FLOPs that one step needs, whatever is computed beyond that.
@@ -75,13 +79,13 @@ def model_flops(config: LlamaConfig, lora: LoraSpec | None, work: Work) -> float
     return 2.0 * (base + attention) + 3.0 * adapter
 
 
-def utilisation(program, batch: Rows | Lists, seconds: float, mesh: Mesh | None) -> float:
+def utilisation(program, work: Work, seconds: float, mesh: Mesh | None) -> float:
     """Share of the devices' peak that the model's own FLOPs are; NaN where no peak is known."""
     devices = jax.local_devices()[:1] if mesh is None else mesh.devices.flat
     peak = peak_flops(devices[0].device_kind)
     if peak is None:
         return math.nan
-    flops = model_flops(program.model, program.lora, Work.of(batch))
+    flops = model_flops(program.model, program.lora, work)
     return flops / seconds / (peak * len(devices))
 
 

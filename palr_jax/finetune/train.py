@@ -47,6 +47,8 @@ from palr_jax.parallel.mesh import (
     ROW_AXES,
     check_rows,
     constrain,
+    join_rows,
+    own_rows,
     row_shards,
     shard_rows,
     using,
@@ -211,7 +213,10 @@ def train(
       InputError: loss or gradient are not finite, or a longer run than was asked for lies there.
     """
     check_rows('finetune.batch_size', config.batch_size, mesh, program.parts)
-    source = make_source(examples, program, config, seed)
+    source = make_source(examples, program, config, seed, mesh)
+    if jax.process_count() > 1:
+        here = len(own_rows(config.batch_size, mesh))
+        logging.info('finetune: %d of each %d rows are laid out here', here, config.batch_size)
     full = program.lora is None
     optimizer = make_optimizer(config, full)
     if full:
@@ -245,12 +250,11 @@ def train(
             for step in range(start, config.steps):
                 trace.at(step + 1)
                 began = time.monotonic()
-                batch = source[step]
+                own = source[step]
+                batch = join_rows(own, mesh)
                 # A step's key follows from its number: a resumed run draws the same.
                 step_key = jax.random.fold_in(key, step)
-                adapter, state, metrics = step_fn(
-                    adapter, state, frozen, shard_rows(batch, mesh), step_key
-                )
+                adapter, state, metrics = step_fn(adapter, state, frozen, batch, step_key)
                 metrics = {name: float(value) for name, value in metrics.items()}
                 for name in ('loss', 'gradient_norm'):
                     # Before the checkpoint: a gradient of NaN has spoilt the adapter already.
@@ -260,13 +264,15 @@ def train(
                             'finetune.learning_rate or check the weights of model.path.'
                         )
                 seconds = time.monotonic() - began
+                # Of all rows, by those of this process: each has the same number of them.
+                work = Work.of(own).times(len(batch.weights) / len(own.weights))
                 writer.write(
                     step + 1,
                     'finetune',
                     **metrics,
                     learning_rate=float(schedule(step)),
-                    tokens_per_second=Work.of(batch).tokens / seconds,
-                    model_flops_utilisation=utilisation(program, batch, seconds, mesh),
+                    tokens_per_second=work.tokens / seconds,
+                    model_flops_utilisation=utilisation(program, work, seconds, mesh),
                 )
                 last = step + 1 == config.steps
                 checkpoints.save(step + 1, adapter, state, last=last)
@@ -276,22 +282,34 @@ def train(
 
 
 def make_source(
-    examples: Sequence[Tokens] | Sequence[Choice], program: Program, config, seed: int
+    examples: Sequence[Tokens] | Sequence[Choice],
+    program: Program,
+    config,
+    seed: int,
+    mesh: Mesh | None = None,
 ) -> grain.MapDataset:
     """Step -> the batch of that step, from what the objective learns from.
+
+    On a mesh a process has the rows that its devices hold.
 
     Raises:
       InputError: there is no example, or one is too long.
     """
     if program.objective == 'sft' and not config.pack:
         grouped = finetune_input.GroupedRows(
-            examples, config.length, config.batch_size, config.steps, seed, config.max_shapes
+            examples,
+            config.length,
+            config.batch_size,
+            config.steps,
+            seed,
+            config.max_shapes,
+            mesh,
         )
         return grain.MapDataset.source(grouped)
     if program.objective == 'sft':
         number = config.steps * config.batch_size
         rows = finetune_input.PackedRows(examples, config.length, number, seed)
-        return finetune_input.batches(rows, config.batch_size)
+        return finetune_input.batches(rows, config.batch_size, mesh)
     lists = ListBatches(
         examples,
         config.batch_size,
@@ -299,6 +317,7 @@ def make_source(
         seed,
         config.max_shapes,
         program.model.max_positions,
+        mesh,
     )
     return grain.MapDataset.source(lists)
 

@@ -196,12 +196,12 @@ def _attend_backward(kept, out_bar):
         slope = weights_bar.reshape(weights.shape) - inner[:, :, :, start:stop]
         logits_bar = _folded((weights * slope * query.shape[-1] ** -0.5).astype(query.dtype))
         weights = _folded(weights.astype(value.dtype))
-        query_bars.append(dot('...qt,...te->...qe', logits_bar, key[:, :, :stop]))
+        of_queries = dot('...qt,...te->...qe', logits_bar, key[:, :, :stop])
+        query_bars.append(of_queries.reshape(block.shape))
         of_keys = dot('...qt,...qe->...et', logits_bar, _folded(block))
         of_values = dot('...qt,...qe->...et', weights, block_bar)
         key_bar = key_bar.at[..., :stop].add(of_keys)
         value_bar = value_bar.at[..., :stop].add(of_values)
-        query_bars[-1] = query_bars[-1].reshape(block.shape)
     bars = jnp.concatenate(query_bars, axis=3), key_bar.swapaxes(2, 3), value_bar.swapaxes(2, 3)
     return *(bar.astype(x.dtype) for bar, x in zip(bars, (query, key, value))), None
 

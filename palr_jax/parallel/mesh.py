@@ -114,6 +114,25 @@ def shard_rows(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(lambda array: spread(np.asarray(array), sharding), tree)
 
 
+def own_rows(rows: int, mesh: Mesh | None) -> np.ndarray:
+    """[own] those of a batch's `rows` that devices of this process hold, in order."""
+    everyone = np.arange(rows)
+    if mesh is None:
+        return everyone
+    held = NamedSharding(mesh, PartitionSpec(ROW_AXES)).addressable_devices_indices_map((rows,))
+    return np.unique(np.concatenate([everyone[index] for index in held.values()]))
+
+
+def join_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays [own, …] of the rows of each process (`own_rows`) -> [B, …], as `shard_rows`."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, PartitionSpec(ROW_AXES))
+    return jax.tree.map(
+        lambda own: jax.make_array_from_process_local_data(sharding, np.asarray(own)), tree
+    )
+
+
 def spread(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     """An array that every process has as a whole, each device with its part."""
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -184,6 +184,18 @@ def test_without_a_mesh_nothing_is_constrained():
     x = jnp.ones((4, 3))
     assert meshes.constrain(x, meshes.ROW_AXES) is x
     assert meshes.shard_rows(x, None) is x
+    assert meshes.join_rows(x, None) is x
+    np.testing.assert_array_equal(meshes.own_rows(4, None), np.arange(4))
+
+
+def test_a_lone_process_has_all_rows():
+    """Of several, tests/parallel/test_processes.py."""
+    mesh = meshes.make_mesh(settings(2, 2, 2))
+    np.testing.assert_array_equal(meshes.own_rows(8, mesh), np.arange(8))
+    x = np.arange(24.0).reshape(8, 3)
+    joined, shared = meshes.join_rows(x, mesh), meshes.shard_rows(x, mesh)
+    np.testing.assert_array_equal(joined, x)
+    assert joined.sharding == shared.sharding
 
 
 def test_hardware_and_peaks():
