@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from palr_jax.llama import splash
 
 SPLASH_TOKENS = 1024  # rows at least as long go through the splash kernel on TPUs
-BLOCKS, LEAST_BLOCK = 4, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
+BLOCKS, LEAST_BLOCK = 8, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
 ATTENDED = 'attended'  # what the backward pass of the attention wants of the forward pass
 MASKED = -1e30  # finite: a row that is masked everywhere has a mean, not NaN
 
@@ -81,12 +81,12 @@ class OnePass:
         counted = jnp.broadcast_to(real, (B, K, L, 1)).astype(value.dtype)
 
         query = query[:, L:].reshape(B, R, S, K, G, E).transpose(0, 3, 1, 4, 2, 5)
-        over_prompt = _logits(query.reshape(B, K, R * G * S, E), prompt_key)
-        over_row = _logits(query.reshape(B, K, R, G * S, E), row_key)
+        over_prompt = _products(query.reshape(B, K, R * G * S, E), prompt_key)
+        over_row = _products(query.reshape(B, K, R, G * S, E), row_key)
         own = _causal_mask(self.rows, 0, S)[:, None, :, None]
         over_row = jnp.where(own, over_row.reshape(B, K, R, G, S, S), MASKED)
         (prompt_weights, row_weights), _, _ = _exponentials(
-            over_prompt, over_row.reshape(B, K, R * G * S, S)
+            over_prompt, over_row.reshape(B, K, R * G * S, S), scale=E**-0.5
         )
         # A sum as a product: XLA's CPU backend is faster at it.
         total = _weigh(prompt_weights, counted) + row_weights.sum(axis=-1, keepdims=True)
@@ -125,9 +125,9 @@ class Cached:
         K = key.shape[1]
         G = H // K
         query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4)
-        logits = _logits(query.reshape(B, K, G * T, E), key).reshape(B, K, G, T, self.size)
+        products = _products(query.reshape(B, K, G * T, E), key).reshape(B, K, G, T, self.size)
         mask = jnp.arange(self.size) <= self.positions[:, None, None, :, None]
-        (weights,), total, _ = _exponentials(jnp.where(mask, logits, MASKED))
+        (weights,), total, _ = _exponentials(jnp.where(mask, products, MASKED), scale=E**-0.5)
         mean = _weigh(weights.reshape(B, K, G * T, self.size), value)
         mean = (mean.reshape(B, K, G, T, E) / total).astype(value.dtype)
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
@@ -170,8 +170,8 @@ def _attend_forward(query, key, value, segments):
     outs, norms = [], []
     for start, stop in _spans(query.shape[3]):
         block = query[:, :, :, start:stop]
-        logits = _masked_logits(block, key[:, :, :stop], segments, start)
-        (weights,), total, largest = _exponentials(logits)
+        products = _masked_products(block, key[:, :, :stop], segments, start)
+        (weights,), total, largest = _exponentials(products, scale=query.shape[-1] ** -0.5)
         mean = _weigh(_folded(weights), value[:, :, :stop]).reshape(block.shape)
         outs.append((mean / total).astype(value.dtype))
         norms.append(largest + jnp.log(total))
@@ -184,21 +184,22 @@ def _attend_forward(query, key, value, segments):
 def _attend_backward(kept, out_bar):
     query, key, value, segments, out, norm = kept
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scale = query.shape[-1] ** -0.5
     inner = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     # [E, T], not [T, E]: two thirds of the time on a CPU.
     key_bar, value_bar = (jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in (key, value))
     query_bars = []
     for start, stop in _spans(query.shape[3]):
         block, block_bar = query[:, :, :, start:stop], _folded(out_bar[:, :, :, start:stop])
-        logits = _masked_logits(block, key[:, :, :stop], segments, start)
-        weights = jnp.exp(logits - norm[:, :, :, start:stop])
+        products = _masked_products(block, key[:, :, :stop], segments, start)
+        weights = jnp.exp(products * scale - norm[:, :, :, start:stop])
         weights_bar = dot('...qe,...te->...qt', block_bar, value[:, :, :stop])
         slope = weights_bar.reshape(weights.shape) - inner[:, :, :, start:stop]
-        logits_bar = _folded((weights * slope * query.shape[-1] ** -0.5).astype(query.dtype))
+        products_bar = _folded((weights * slope * scale).astype(query.dtype))
         weights = _folded(weights.astype(value.dtype))
-        of_queries = dot('...qt,...te->...qe', logits_bar, key[:, :, :stop])
+        of_queries = dot('...qt,...te->...qe', products_bar, key[:, :, :stop])
         query_bars.append(of_queries.reshape(block.shape))
-        of_keys = dot('...qt,...qe->...et', logits_bar, _folded(block))
+        of_keys = dot('...qt,...qe->...et', products_bar, _folded(block))
         of_values = dot('...qt,...qe->...et', weights, block_bar)
         key_bar = key_bar.at[..., :stop].add(of_keys)
         value_bar = value_bar.at[..., :stop].add(of_values)
@@ -215,11 +216,13 @@ def _spans(tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def _masked_logits(query: jax.Array, key: jax.Array, segments: jax.Array, start: int) -> jax.Array:
+def _masked_products(
+    query: jax.Array, key: jax.Array, segments: jax.Array, start: int
+) -> jax.Array:
     """[B, K, G, Q, stop] float32 of the queries from `start` and the keys up to their end."""
     stop = key.shape[2]
-    logits = _logits(_folded(query), key).reshape(*query.shape[:-1], stop)
-    return jnp.where(_causal_mask(segments, start, stop)[:, None, None], logits, MASKED)
+    products = _products(_folded(query), key).reshape(*query.shape[:-1], stop)
+    return jnp.where(_causal_mask(segments, start, stop)[:, None, None], products, MASKED)
 
 
 def _folded(x: jax.Array) -> jax.Array:
@@ -233,19 +236,25 @@ def _causal_mask(segments: jax.Array, start: int, stop: int) -> jax.Array:
     return same & jnp.tri(stop - start, stop, start, dtype=bool)
 
 
-def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
-    """query [..., Q, E], key [..., T, E] -> [..., Q, T] float32, scaled."""
-    dots = jnp.einsum('...qe,...te->...qt', query, key, preferred_element_type=jnp.float32)
-    return dots * query.shape[-1] ** -0.5
+def _products(query: jax.Array, key: jax.Array) -> jax.Array:
+    """query [..., Q, E], key [..., T, E] -> [..., Q, T] float32."""
+    return jnp.einsum('...qe,...te->...qt', query, key, preferred_element_type=jnp.float32)
 
 
-def _exponentials(*logits: jax.Array) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """The numerators of one softmax over the last axes of all `logits`, its denominator, and the
-    largest logit, which the numerators are relative to."""
-    largest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in logits])
+def _exponentials(
+    *products: jax.Array, scale: float
+) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+    """The softmax over the last axes of all `products` together, times `scale`.
+
+    The logits themselves are never written down: the scale is applied where exponentials are made.
+
+    Returns:
+      The numerators of each; their sum; the largest logit, which the numerators are relative to.
+    """
+    largest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in products])
     largest = jax.lax.stop_gradient(largest)
-    numerators = [jnp.exp(x - largest) for x in logits]
-    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators), largest
+    numerators = [jnp.exp((x - largest) * scale) for x in products]
+    return numerators, sum(x.sum(axis=-1, keepdims=True) for x in numerators), largest * scale
 
 
 def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
