@@ -59,7 +59,10 @@ VARIANTS = {
 def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> ConfigDict:
     config = base.copy_and_resolve_references()
     config.prompts.update({'history': 10, 'answer': answer})
-    config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True, 'batch_size': 1})
+    # One pass keeps two cores busy with one user; writing reads all weights for every token.
+    batch_size = 8 if mode == 'generate' else 1
+    config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True})
+    config.ranking.batch_size = batch_size
     config.ranking.normalize = 'sum' if mode == 'index' else 'prior'
     config.lora.update({'rank': 16, 'alpha': 32.0})
     config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
