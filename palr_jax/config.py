@@ -153,7 +153,8 @@ def default_config() -> ConfigDict:
     config.tasks.profile = True  # training prompts carry the profile, where prompts.profile is on
     config.tasks.candidates = 20  # listed in a training prompt
     # Where they come from: similar (the paper's: the targets and negatives like them) | retriever
-    # (what is retrieved after the cut by a retriever that was fitted without the user).
+    # (what is retrieved after the cut by a retriever that was fitted without the user) |
+    # covisitation (the same, by co-visitation in place of retrieval.systems: it is fitted in seconds)
     config.tasks.candidates_from = 'similar'
     config.tasks.folds = 1  # of the users who give examples; each has a retriever without them
     config.tasks.targets_at = 'shuffled'  # where targets stand in the list: shuffled | first | last
@@ -228,7 +229,7 @@ CHOICES = {
     'prompts.history_order': ('oldest_first', 'newest_first', 'shuffled'),
     'prompts.item': ('title', 'title_no_year', 'id_title'),
     'prompts.answer': ('title', 'title_no_year', 'id_title', 'index'),
-    'tasks.candidates_from': ('similar', 'retriever'),
+    'tasks.candidates_from': ('similar', 'retriever', 'covisitation'),
     'finetune.objective': ('sft', 'listwise', 'both'),
     'prompts.profile': ('none', 'counts', 'llm'),
     'prompts.profile_normalize': ('sum', 'token', 'byte'),
@@ -309,7 +310,7 @@ def validate(config: ConfigDict) -> None:
 def _check_together(config: ConfigDict) -> None:
     """Refuses values that are allowed by themselves and make no sense together."""
     lists = config.finetune.objective != 'sft'
-    retrieved = config.tasks.candidates_from == 'retriever'
+    retrieved = config.tasks.candidates_from != 'similar'
     numbered = config.prompts.answer == 'index'
     tuned = 'finetune' in config.stages
     share = config.tasks.recommend_retrieval

@@ -16,6 +16,7 @@ from palr_jax.project import Project, order_seed, ranked_users, read_candidates
 from palr_jax.prompts.tasks import Example, affinity, make_examples, relist, split_users
 from palr_jax.ranking.score import Query
 from palr_jax.ranking.users import make_query
+from palr_jax.stages import training_retrieval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ def make_lessons(project: Project) -> Lessons:
     chosen = np.random.default_rng([config.seed, 4]).permutation(others)
     held = np.sort(chosen[: config.finetune.held_out])
     examples, held_out = (similar_examples(project, users) for users in (ours, held))
-    if config.tasks.candidates_from == 'retriever':
+    if training_retrieval(config) is not None:
         distributed.by_one(lambda: retrieve_for_training(project, examples + held_out))
         examples, held_out = (with_retrieved(project, some) for some in (examples, held_out))
     first = {example.user: example for example in reversed(held_out)}
@@ -73,7 +74,7 @@ def retrieve_for_training(project: Project, examples: Sequence[Example]) -> None
     material = retrieval.Material(
         dataset.split.validating(tuning),
         dataset.catalogue,
-        config.retrieval,
+        training_retrieval(config),
         config.seed,
         path.parent / 'retrieval',
         project.texts,
@@ -121,7 +122,7 @@ def _candidates_path(project: Project) -> epath.Path:
 def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
     """The examples of these users as fine-tuning has them."""
     examples = similar_examples(project, users)
-    if project.config.tasks.candidates_from == 'retriever':
+    if training_retrieval(project.config) is not None:
         return with_retrieved(project, examples)
     return examples
 

@@ -29,7 +29,14 @@ from palr_jax.ranking.generate_users import Answers, read_answers
 from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
 from palr_jax.ranking.users import Scores, read_scores
 from palr_jax.retrieval import Candidates
-from palr_jax.stages import UNTUNED, flatten, retrieval_reads_texts, shared_root, stage_folders
+from palr_jax.stages import (
+    UNTUNED,
+    flatten,
+    retrieval_reads_texts,
+    shared_root,
+    stage_folders,
+    training_retrieval,
+)
 
 
 def lora_spec(config: ConfigDict) -> lora.LoraSpec:
@@ -158,7 +165,7 @@ class Project:
         fields = json.dumps(flatten(self.config), sort_keys=True)
         distributed.preflight(hashlib.sha256(fields.encode()).hexdigest())
         retrieves = 'retrieval' in self.config.stages or (
-            'finetune' in self.config.stages and self.config.tasks.candidates_from == 'retriever'
+            'finetune' in self.config.stages and training_retrieval(self.config) is not None
         )
         if retrieves and retrieval_reads_texts(self.config):
             raise InputError(

@@ -257,6 +257,16 @@ def retrieval_reads_texts(config: ConfigDict) -> bool:
     return 'profile' in config.retrieval.systems or config.retrieval.cold_items
 
 
+def training_retrieval(config: ConfigDict) -> ConfigDict | None:
+    """How candidates for fine-tuning are retrieved; None where they are similar items."""
+    if config.tasks.candidates_from == 'similar':
+        return None
+    settings = config.retrieval.copy_and_resolve_references()
+    if config.tasks.candidates_from == 'covisitation':
+        settings.systems = ('covisitation',)
+    return settings
+
+
 def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
     """The fields that `stage` reads itself, as {'finetune.steps': 200, …}, JSON-able."""
     part = {}
@@ -267,8 +277,8 @@ def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
             part |= flatten(value, f'{name}.')
         else:
             part[name] = value
-    if stage == 'finetune' and config.tasks.candidates_from == 'retriever':
-        part |= flatten(config.retrieval, 'retrieval.')
+    if stage == 'finetune' and (settings := training_retrieval(config)) is not None:
+        part |= flatten(settings, 'retrieval.')
     return {field: value for field, value in part.items() if field not in LAYOUT}
 
 

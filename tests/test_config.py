@@ -135,6 +135,7 @@ def test_candidates_in_training_alone_are_refused():
         ),
         ({'finetune.objective': 'listwise'}, 'config.tasks.recommend_retrieval=1'),
         ({'tasks.candidates_from': 'retriever'}, 'config.tasks.recommend_retrieval=1'),
+        ({'tasks.candidates_from': 'covisitation'}, 'config.tasks.recommend_retrieval=1'),
         ({'prompts.candidate_order': 'retriever'}, "config.tasks.candidates_from='retriever'"),
         (
             {

@@ -16,6 +16,7 @@ from palr_jax import pipeline, storage
 from palr_jax.config import default_config, restore
 from palr_jax.data import read
 from palr_jax.errors import InputError
+from palr_jax.llm_input import make_lessons
 from palr_jax.project import Project
 from palr_jax.recommend import find_items, recommend
 from palr_jax.stages import flatten
@@ -287,6 +288,18 @@ def test_lists_of_retrieved_candidates_are_learned(inputs, tmp_path):
                 assert again[system][metric] == pytest.approx(rows[system][metric], abs=1e-6)
     catalogue = read(tmp_path / 'data').catalogue
     assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
+
+
+@pytest.mark.slow
+def test_lists_can_come_from_co_visitation_whatever_the_retriever_is(inputs, finished, tmp_path):
+    config = small_config(inputs)
+    config.tasks.update({'candidates_from': 'covisitation', 'recommend_retrieval': 1.0})
+    shutil.copytree(finished[0] / 'data', tmp_path / 'data')
+    lessons = make_lessons(Project(config, tmp_path))
+    assert {len(example.candidates) for example in lessons.examples} == {6}
+    fitted = {path.name for path in (tmp_path / 'finetune' / 'retrieval' / 'fold_0').iterdir()}
+    assert 'covisitation.npz' in fitted
+    assert 'sasrec.npz' not in fitted
 
 
 @pytest.mark.slow

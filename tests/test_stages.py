@@ -35,6 +35,16 @@ def test_every_field_belongs_to_a_stage_or_to_none_that_matters():
     assert every - set(fields) == {'stages'} | mesh | LAYOUT
 
 
+def test_lists_of_co_visitation_do_not_depend_on_which_retriever_there_is():
+    config = default_config()
+    config.tasks.candidates_from = 'covisitation'
+    before = config_part(config, 'finetune')
+    config.retrieval.systems = ('covisitation', 'profile')
+    assert config_part(config, 'finetune') == before
+    config.tasks.candidates_from = 'retriever'
+    assert config_part(config, 'finetune') != before
+
+
 @pytest.mark.parametrize('stages', [STAGES, ('data', 'retrieval', 'ranking', 'report')])
 def test_other_prompts_are_refused_whether_or_not_anything_was_tuned(tmp_path, stages):
     finish(tmp_path, default_config(), stages)
