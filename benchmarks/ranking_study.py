@@ -4,13 +4,16 @@
         --out=docs/results/ranking_ml100k.json
 
 Every variant is a run of the pipeline in a folder of its own; data, retriever and the scores of the
-untuned model are shared. The same command continues after an interruption. All variants rank the
-same candidates of the same users; users whose target was not retrieved count as misses unscored.
-The JSON holds each variant's report, and the rows of the four normalisations of a title's score,
-each with a fusion weight of its own from the validation users.
+untuned model are shared. A run of configs/ml1m.py or configs/beauty.py has the retriever of those
+data already: its folders data/ and retrieval/ can be copied to WORKDIR/base. The same command
+continues after an interruption. All variants rank the same candidates of the same users; users
+whose target was not retrieved count as misses unscored. The JSON holds each variant's report, and
+the rows of the four normalisations of a title's score, each with a fusion weight of its own from
+the validation users.
 """
 
 import argparse
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from configs import beauty, ml1m
 from palr_jax import evaluation, pipeline, retrieval, storage
 from palr_jax.config import default_config
 from palr_jax.evaluation import Comparison, Run, rank_targets
@@ -34,6 +38,7 @@ def ml100k() -> ConfigDict:
     config = default_config()
     config.retrieval.systems = ('sequence', 'covisitation')
     config.tasks.users = 0.5
+    config.tasks.candidates_from = 'retriever'
     config.tasks.folds = 2
     config.finetune.decay_steps = config.finetune.steps = 120
     config.ranking.users = 400
@@ -41,7 +46,22 @@ def ml100k() -> ConfigDict:
     return config
 
 
-DATA = {'ml100k': ml100k}
+def strong(name: str) -> ConfigDict:
+    """The data set's strong retriever, lists of co-visitation, and a history of ten items."""
+    config = {'ml1m': ml1m, 'beauty': beauty}[name].get_config('strong')
+    config.tasks.candidates_from = 'covisitation'
+    config.tasks.users = 0.1
+    config.finetune.decay_steps = config.finetune.steps = 240
+    config.ranking.users = 1000
+    config.ranking.valid_users = 600
+    return config
+
+
+DATA = {
+    'ml100k': ml100k,
+    'ml1m': functools.partial(strong, 'ml1m'),
+    'beauty': functools.partial(strong, 'beauty'),
+}
 # Name: (what is learned, how it ranks, how an answer reads)
 VARIANTS = {
     'zero-title': (None, 'title', 'title'),
@@ -76,8 +96,9 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     else:
         config.finetune.batch_size = 4
         config.finetune.objective = learned
-        config.tasks.candidates_from = 'retriever'
         config.tasks.recommend_retrieval = 1.0
+    if config.finetune.objective == 'sft':
+        config.tasks.candidates_from = 'similar'
     return config
 
 

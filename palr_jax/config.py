@@ -154,7 +154,7 @@ def default_config() -> ConfigDict:
     config.tasks.candidates = 20  # listed in a training prompt
     # Where they come from: similar (the paper's: the targets and negatives like them) | retriever
     # (what is retrieved after the cut by a retriever that was fitted without the user) |
-    # covisitation (the same, by co-visitation in place of retrieval.systems: it is fitted in seconds)
+    # covisitation (the same, by co-visitation in place of retrieval.systems: fitted in seconds)
     config.tasks.candidates_from = 'similar'
     config.tasks.folds = 1  # of the users who give examples; each has a retriever without them
     config.tasks.targets_at = 'shuffled'  # where targets stand in the list: shuffled | first | last
