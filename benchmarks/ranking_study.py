@@ -14,6 +14,7 @@ the validation users.
 
 import argparse
 import functools
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from configs import beauty, ml1m
 from palr_jax import evaluation, pipeline, retrieval, storage
 from palr_jax.config import default_config
 from palr_jax.evaluation import Comparison, Run, rank_targets
@@ -30,6 +30,7 @@ from palr_jax.project import Project, ranked_users, retriever_scores
 from palr_jax.ranking.fuse import choose_weight, fuse
 from palr_jax.ranking.users import Scores, read_scores
 
+CONFIGS = Path(__file__).parents[1] / 'configs'
 NORMALIZATIONS = ('sum', 'token', 'byte', 'prior')
 BASE = ('data', 'retrieval')
 
@@ -48,7 +49,7 @@ def ml100k() -> ConfigDict:
 
 def strong(name: str) -> ConfigDict:
     """The data set's strong retriever, lists of co-visitation, and a history of ten items."""
-    config = {'ml1m': ml1m, 'beauty': beauty}[name].get_config('strong')
+    config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('strong')
     config.tasks.candidates_from = 'covisitation'
     config.tasks.users = 0.1
     config.finetune.decay_steps = config.finetune.steps = 240
