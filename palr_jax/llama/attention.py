@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from palr_jax.llama import splash
+from palr_jax.llama.products import einsum
 
 SPLASH_TOKENS = 1024  # rows at least as long go through the splash kernel on TPUs
 BLOCKS, LEAST_BLOCK = 8, 128  # causal queries are cut in BLOCKS, none shorter than LEAST_BLOCK
@@ -183,24 +184,21 @@ def _attend_forward(query, key, value, segments):
 
 def _attend_backward(kept, out_bar):
     query, key, value, segments, out, norm = kept
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     scale = query.shape[-1] ** -0.5
     inner = jnp.sum(out_bar.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    # [E, T], not [T, E]: two thirds of the time on a CPU.
     key_bar, value_bar = (jnp.zeros_like(x.swapaxes(2, 3), jnp.float32) for x in (key, value))
     query_bars = []
     for start, stop in _spans(query.shape[3]):
         block, block_bar = query[:, :, :, start:stop], _folded(out_bar[:, :, :, start:stop])
         products = _masked_products(block, key[:, :, :stop], segments, start)
         weights = jnp.exp(products * scale - norm[:, :, :, start:stop])
-        weights_bar = dot('...qe,...te->...qt', block_bar, value[:, :, :stop])
+        weights_bar = _products(block_bar, value[:, :, :stop])
         slope = weights_bar.reshape(weights.shape) - inner[:, :, :, start:stop]
-        products_bar = _folded((weights * slope * scale).astype(query.dtype))
-        weights = _folded(weights.astype(value.dtype))
-        of_queries = dot('...qt,...te->...qe', products_bar, key[:, :, :stop])
+        products_bar, weights = _folded(weights * slope * scale), _folded(weights)
+        of_queries = _weigh(products_bar, key[:, :, :stop])
         query_bars.append(of_queries.reshape(block.shape))
-        of_keys = dot('...qt,...qe->...et', products_bar, _folded(block))
-        of_values = dot('...qt,...qe->...et', weights, block_bar)
+        of_keys = _transposed(products_bar, _folded(block))
+        of_values = _transposed(weights, block_bar)
         key_bar = key_bar.at[..., :stop].add(of_keys)
         value_bar = value_bar.at[..., :stop].add(of_values)
     bars = jnp.concatenate(query_bars, axis=3), key_bar.swapaxes(2, 3), value_bar.swapaxes(2, 3)
@@ -238,7 +236,7 @@ def _causal_mask(segments: jax.Array, start: int, stop: int) -> jax.Array:
 
 def _products(query: jax.Array, key: jax.Array) -> jax.Array:
     """query [..., Q, E], key [..., T, E] -> [..., Q, T] float32."""
-    return jnp.einsum('...qe,...te->...qt', query, key, preferred_element_type=jnp.float32)
+    return einsum('...qe,...te->...qt', query, key)
 
 
 def _exponentials(
@@ -259,9 +257,21 @@ def _exponentials(
 
 def _weigh(weights: jax.Array, value: jax.Array) -> jax.Array:
     """weights [..., Q, T], value [..., T, E] -> [..., Q, E] float32."""
-    return jnp.einsum(
-        '...qt,...te->...qe',
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=jnp.float32,
+    return einsum('...qt,...te->...qe', weights.astype(value.dtype), value)
+
+
+def _transposed(weights: jax.Array, queries: jax.Array) -> jax.Array:
+    """weights [..., Q, T] float32, queries [..., Q, E] -> [..., E, T] float32, a sum over Q.
+
+    [E, T], not [T, E]: two thirds of the time on a CPU, where no bfloat16 product with a transposed
+    left side is quick: there it is one of float32.
+    """
+    contract = functools.partial(
+        jnp.einsum, '...qt,...qe->...et', preferred_element_type=jnp.float32
+    )
+    return jax.lax.platform_dependent(
+        weights,
+        queries,
+        cpu=lambda weights, queries: contract(weights, queries.astype(jnp.float32)),
+        default=lambda weights, queries: contract(weights.astype(queries.dtype), queries),
     )

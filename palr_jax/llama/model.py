@@ -22,6 +22,7 @@ from palr_jax.llama import quantize
 from palr_jax.llama.attention import ATTENDED, Cached, Causal
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
+from palr_jax.llama.products import PROJECTED, einsum, low_rank, product
 from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES, constrain, row_shards
 
 Params = Any  # a nested dict of arrays
@@ -36,7 +37,7 @@ REMAT = {
     'none': jax.checkpoint_policies.everything_saveable,
     'projections': jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(ATTENDED),
+        jax.checkpoint_policies.save_only_these_names(ATTENDED, PROJECTED),
     ),
     'full': jax.checkpoint_policies.nothing_saveable,
 }
@@ -97,7 +98,8 @@ class Projection(nn.Module):
         else:
             init = nn.initializers.normal(fan_in**-0.5)
             kernel = self.param('kernel', init, (fan_in, self.features), self.dtype)
-            y = x @ kernel.astype(x.dtype)  # float32 where the kernels are trained themselves
+            # The kernel is float32 where the kernels are trained themselves.
+            y = product(x, kernel.astype(x.dtype))
         if self.lora is None:
             return y
         # B starts at zero (the adapted model starts as the base model), A does not (else neither
@@ -106,32 +108,6 @@ class Projection(nn.Module):
         b = self.param('lora_b', nn.initializers.zeros, (self.lora.rank, self.features))
         x = nn.Dropout(self.lora.dropout)(x, deterministic=not self.has_rng('dropout'))
         return y + self.lora.scaling * low_rank(x, a.astype(x.dtype), b.astype(x.dtype))
-
-
-@jax.custom_vjp
-def low_rank(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
-    """x [B, T, D] @ a [D, rank] @ b [rank, features].
-
-    The gradients of `a` and `b` are sums over tokens with the thin array at the left: XLA's CPU
-    backend copies the left one transposed, and what JAX would put there has all features.
-    """
-    return (x @ a) @ b
-
-
-def _low_rank_forward(x, a, b):
-    inner = x @ a
-    return inner @ b, (x, inner, a, b)
-
-
-def _low_rank_backward(kept, out_bar):
-    x, inner, a, b = kept
-    inner_bar = out_bar @ b.T
-    a_bar = jnp.einsum('btr,btd->rd', inner_bar, x).T
-    b_bar = jnp.einsum('btr,btd->rd', inner, out_bar)
-    return inner_bar @ a.T, a_bar, b_bar
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
 class Block(nn.Module):
@@ -292,12 +268,7 @@ def stored_head(params: Params) -> tuple[jax.Array, int]:
 
 def head_logits(hidden: jax.Array, head: jax.Array, axis: int = 0) -> jax.Array:
     """[..., D] hidden states -> [..., V] float32; head and axis as of `stored_head`."""
-    return jax.lax.dot_general(
-        hidden,
-        head,
-        (((hidden.ndim - 1,), (axis,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    return einsum('...d,dv->...v' if axis == 0 else '...d,vd->...v', hidden, head)
 
 
 def log_likelihood(
@@ -358,9 +329,7 @@ def _chosen_forward(hidden, targets, head, axis):
         return found, (hidden_value, target_ids, kernel)
     is_target = jnp.arange(logits.shape[-1]) == target_ids[..., None]
     logits_bar = (is_target - jnp.exp(logits - norm)).astype(kernel.dtype)
-    hidden_bar = jax.lax.dot_general(
-        logits_bar, kernel, (((2,), (1 - axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    hidden_bar = einsum('...v,dv->...d' if axis == 0 else '...v,vd->...d', logits_bar, kernel)
     return found, hidden_bar.astype(hidden_value.dtype)
 
 

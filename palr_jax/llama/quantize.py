@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palr_jax.errors import InputError
+from palr_jax.llama.products import product
 
 Path = tuple[str, ...]  # of a leaf in the parameter tree
 
@@ -110,9 +111,10 @@ def matmul(x: jax.Array, kernel: Quantized) -> jax.Array:
     """x [..., in] @ one layer's kernel -> [..., out] in the type of x."""
     if 'int8' in kernel:
         # bfloat16 holds every int8 exactly; the scale, which it would round, multiplies the sums.
-        y = x @ kernel['int8'].astype(x.dtype)
+        y = product(x, kernel['int8'].astype(x.dtype))
         return (y * kernel['scale'][0]).astype(x.dtype)
-    return jnp.concatenate([x @ half.astype(x.dtype) for half in _nf4_halves(kernel)], axis=-1)
+    halves = [product(x, half.astype(x.dtype)) for half in _nf4_halves(kernel)]
+    return jnp.concatenate(halves, axis=-1)
 
 
 def _nf4_halves(kernel: Quantized) -> list[jax.Array]:

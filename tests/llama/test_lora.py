@@ -15,7 +15,8 @@ from palr_jax.errors import InputError
 from palr_jax.llama import lora
 from palr_jax.llama.attention import Causal
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.llama.model import Llama, Projection, apply_logits, low_rank
+from palr_jax.llama.model import Llama, Projection, apply_logits
+from palr_jax.llama.products import low_rank
 from palr_jax.testing.llama import random_params, tiny_config
 
 CONFIG = tiny_config(vocab_size=61)

@@ -45,7 +45,9 @@ def test_equal_bits_pass():
     ('dtype', 'precision', 'backend', 'allowed'),
     [
         ('float32', 'highest', 'tpu', TOLERANCE),
-        ('float32', 'default', 'cpu', TOLERANCE),
+        ('float32', 'high', 'cpu', TOLERANCE),
+        ('float32', 'default', 'cpu', TOLERANCE_BF16),
+        ('float32', 'high', 'tpu', TOLERANCE_BF16),
         ('float32', 'default', 'tpu', TOLERANCE_BF16),
         ('bfloat16', 'highest', 'cpu', TOLERANCE_BF16),
     ],
