@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from palr_jax import retrieval, storage
+from palr_jax import storage
 from palr_jax.evaluation import Run, hit_rate, ndcg, recall, run_page
 from palr_jax.fusion import Scored
 from palr_jax.metric_writer import read_curve

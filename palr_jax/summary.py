@@ -95,9 +95,7 @@ def full_run(project: Project, system: str) -> Run:
     return Run(system, users, ranks, lists=lists)
 
 
-def ranked_runs(
-    project: Project, full: list[Run], scored: Mapping[str, Scored]
-) -> dict[str, Run]:
+def ranked_runs(project: Project, full: list[Run], scored: Mapping[str, Scored]) -> dict[str, Run]:
     """The rows over the users whose candidates the LLM ranked, by system.
 
     Beside the LLM alone and fused: the whole catalogue ranked without it, for the same users, and

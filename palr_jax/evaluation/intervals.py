@@ -53,8 +53,10 @@ def verdict(found: Mapping[str, Any]) -> str:
     """What a test says, with what it could have found where it found nothing."""
     if found['p_adjusted'] is None:
         return render.UNKNOWN
+    if found['difference'] == 0 and found.get('detectable') is None:
+        return 'the same for every user'
     p = f'p {found["p_adjusted"]:.4f}'
     if found['p_adjusted'] <= LEVEL:
         return f'{"better" if found["difference"] > 0 else "worse"} ({p})'
-    detectable = render.number(found['detectable'])
+    detectable = render.number(found.get('detectable'))
     return Html(f'not significant ({p})<small class="below">detectable: {detectable}</small>')

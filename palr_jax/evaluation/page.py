@@ -1,7 +1,7 @@
 """HTML pages in one file each: no script and no network, light and dark, narrow and wide."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,15 +89,25 @@ def table(
     )
 
 
-def cards(head: Sequence[str], body: Sequence[tuple[str, Sequence[str]]], *, label: str) -> Html:
+def cards(
+    head: Sequence[str],
+    body: Sequence[tuple[str, Sequence[str]]],
+    *,
+    label: str,
+    narrow: Container[int] = (),
+) -> Html:
     """A table whose rows become cards on a narrow page.
 
     Args:
       head: the columns' headings; a card has each without what stands in small print.
       body: (class of the row, its cells) a row.
       label: what the table is, for those who hear it.
+      narrow: the columns of short numbers.
     """
-    top = ''.join(f'<th scope="col" role="columnheader">{escape(name)}</th>' for name in head)
+    top = ''
+    for column, name in enumerate(head):
+        of_kind = ' class="narrow"' if column in narrow else ''
+        top += f'<th scope="col" role="columnheader"{of_kind}>{escape(name)}</th>'
     lines = ''
     for kind, (first, *rest) in body:
         # A block is no row any more for those who hear it, unless its role is said.

@@ -116,7 +116,7 @@ def compared_users(report: Row, comparison: Row) -> int | None:
 
 def table(report: Row) -> str:
     """The main numbers, at most 100 columns wide."""
-    lines = [_summary(report)]
+    lines = [summary(report)]
     width = 34
     for heading, rows in blocks(report):
         lines += ['', heading]
@@ -181,7 +181,8 @@ def _cut(text: str, width: int) -> str:
     return f'{text if len(text) < width else f"{text[: width - 2]}…":<{width}}'
 
 
-def _summary(report: Row) -> str:
+def summary(report: Row) -> str:
+    """The data set in one line."""
     counts = [
         f'{report["dataset"][key]:,} {key}'
         for key in ('users', 'items', 'interactions')
@@ -195,7 +196,7 @@ def _summary(report: Row) -> str:
 def markdown(report: Row) -> str:
     """The whole report."""
     names = metric_names(report)
-    parts = [f'# {dataset_title(report)}: who ranks better', f'{_summary(report)}.']
+    parts = [f'# {dataset_title(report)}: who ranks better', f'{summary(report)}.']
     parts += ['![HR@10 and NDCG@10 of the systems](comparison.png)', '## Results']
     for heading, rows in blocks(report):
         parts += [f'### {heading}', _result_table(rows, names)]

@@ -143,9 +143,7 @@ def build(
     return _plain(report)
 
 
-def write(
-    report: Mapping[str, Any], details: Mapping[str, Any], folder: epath.PathLike
-) -> None:
+def write(report: Mapping[str, Any], details: Mapping[str, Any], folder: epath.PathLike) -> None:
     """Writes report.md, comparison.png, details.json, report.html and, last, metrics.json.
 
     Args:

@@ -34,12 +34,13 @@ class Point(NamedTuple):
 
 
 class Line(NamedTuple):
-    """The values of one system; `kind` is a key of SHAPES."""
+    """The values of one system; `kind` is a key of SHAPES, and a faint line has no marks."""
 
     name: str
     kind: str
     xs: Sequence[float]
     ys: Sequence[float]
+    faint: bool = False
 
 
 def bar(
@@ -135,12 +136,15 @@ def lines(
     for number, line in enumerate(drawn):
         places = [(_across(across(x)), _up(up(y))) for x, y in zip(line.xs, line.ys)]
         path = 'L'.join(f'{x} {y}' for x, y in places)
+        faint = ' faint' if line.faint else ''
+        parts += f'<path class="line {line.kind}{faint}" d="M{path}"/>'
+        if line.faint:
+            continue
         stride = max(1, len(places) // MARKS)
         # Where lines lie on each other, their marks do not.
         for x, y in places[number * stride // max(1, len(drawn)) :: stride]:
             at = f'transform="translate({x} {y}) scale(.8)"'
             parts += f'<g class="{line.kind}" {at}>{SHAPES[line.kind]}</g>'
-        parts += f'<path class="line {line.kind}" d="M{path}"/>'
     told = '; '.join(
         f'{line.name} from {line.ys[0]:.4g} at {line.xs[0]:,.10g} to {line.ys[-1]:.4g} at '
         f'{line.xs[-1]:,.10g}'
