@@ -68,7 +68,7 @@ def table(
       body: the lines.
       left: how many columns are flush left; the others are flush right.
       label: what the table is, for those who hear it.
-      wide: the one column whose cells may have several lines.
+      wide: the one column whose cells may have several lines; the headings may then, too.
     """
 
     def cell(column: int, value: str, scope: str) -> str:
@@ -83,8 +83,9 @@ def table(
     for first, *rest in body:
         cells = [cell(column, value, '') for column, value in enumerate(rest, start=1)]
         lines += f'<tr>{cell(0, first, "row")}{"".join(cells)}</tr>\n'
+    wraps = ' wraps' if wide >= 0 else ''
     return Html(
-        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">'
+        f'<div class="scroll{wraps}" role="region" tabindex="0" aria-label="{escape(label)}">'
         f'<table><thead><tr>{top}</tr></thead>\n<tbody>\n{lines}</tbody></table></div>'
     )
 

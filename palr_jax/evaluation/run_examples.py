@@ -53,7 +53,7 @@ def _user(number: int, user: Mapping[str, Any], found: Mapping[str, Any]) -> Htm
     places = [[render.title(s), *_target(user['targets'][s], k)] for s in systems]
     head = ['System', 'Place of the target', f'Among the first {k}']
     label = f'Target of user {user["user"]}'
-    body += f'{page.table(head, places, left=3, label=label)}\n'
+    body += f'{page.table(head, places, left=3, label=label, wide=0)}\n'
     body += f'<h3>Candidates</h3>\n{_candidates(user, systems, k)}'
     return page.details(f'user-{number}', summary, body)
 

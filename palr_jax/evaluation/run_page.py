@@ -143,17 +143,18 @@ def _comparisons(report: Mapping[str, Any]) -> str:
 def _every_number(report: Mapping[str, Any]) -> str:
     names = render.metric_names(report)
     lines = [
-        [render.title(label), heading, *(_numbers(row, names))]
+        [render.title(label), *_numbers(row, names), heading]
         for groups in (False, True)
         for heading, block in render.blocks(report, groups=groups)
         for label, row in block
     ]
-    head = ['System', 'Rows', 'Group', 'Users', *(part for n in names for part in (n, '95 %'))]
-    table = page.table(head, lines, left=3, label='Every metric of every row')
+    head = ['System', 'Group', 'Users', *(cell for n in names for cell in (n, '95 %')), 'Rows']
+    table = page.table(head, lines, left=2, label='Every metric of every row')
     return page.details('', 'Every metric of every row', table)
 
 
 def _numbers(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Group, users, and each metric with its interval."""
     cells = [row.get('group', ''), f'{row["users"]:,}']
     for name in names:
         cells += [render.number(row[name]), render.interval(row['ci95'][name])]
