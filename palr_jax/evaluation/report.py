@@ -154,9 +154,10 @@ def write(report: Mapping[str, Any], details: Mapping[str, Any], folder: epath.P
     Raises:
       InputError: the report was written by another version of this code, or cannot be stored.
     """
-    if report.get('schema') != SCHEMA:
-        found = report.get('schema')
-        raise InputError(f'{folder}: the report has schema {found}; this version reads {SCHEMA}.')
+    pairs = ('the report', report, SCHEMA), ('details.json', details, run_page.SCHEMA)
+    for name, stored, reads in pairs:
+        if (found := stored.get('schema')) != reads:
+            raise InputError(f'{folder}: {name} has schema {found}; this version reads {reads}.')
     folder = epath.Path(folder)
     storage.write_text(folder / 'report.md', render.markdown(report))
     storage.write_bytes(folder / 'comparison.png', chart.comparison(report))
