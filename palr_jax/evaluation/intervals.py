@@ -58,5 +58,10 @@ def verdict(found: Mapping[str, Any]) -> str:
     p = f'p {found["p_adjusted"]:.4f}'
     if found['p_adjusted'] <= LEVEL:
         return f'{"better" if found["difference"] > 0 else "worse"} ({p})'
+    return with_detectable(f'not significant ({p})', found)
+
+
+def with_detectable(told: str, found: Mapping[str, Any]) -> Html:
+    """What is told of a test, and beneath it the difference that it could have found."""
     detectable = render.number(found.get('detectable'))
-    return Html(f'not significant ({p})<small class="below">detectable: {detectable}</small>')
+    return Html(f'{page.escape(told)}<small class="below">detectable: {detectable}</small>')

@@ -10,6 +10,7 @@ from palr_jax.evaluation.intervals import (
     interval,
     scale_end,
     verdict,
+    with_detectable,
     with_scale,
 )
 from palr_jax.evaluation.page import Html, Section
@@ -127,17 +128,22 @@ def _comparisons(report: Mapping[str, Any]) -> str:
                     run_charts.kind(row['a'].split('/')[0]),
                     0.0,
                 ),
-                verdict(row),
+                _tested(row),
             ],
         )
         for row in compared
     ]
     return (
         '<h3>Comparisons</h3>\n<p class="note">Paired differences on the same users. A p after '
-        f'Holm of at most {LEVEL} tells A from B; detectable is the difference that such a test '
-        'finds 8 times in 10. A difference that is not significant may still be there.</p>\n'
+        f'Holm of at most {LEVEL} tells A from B. Detectable: the true difference that an uncorrected '
+        'test of so many users finds 8 times in 10; a smaller one may be there unseen.</p>\n'
         f'{page.cards(head, body, label="Comparisons", narrow=[1, 2])}\n'
     )
+
+
+def _tested(row: Mapping[str, Any]) -> str:
+    told, p = verdict(row), row['p_adjusted']
+    return with_detectable(told, row) if p is not None and p <= LEVEL else told
 
 
 def _every_number(report: Mapping[str, Any]) -> str:

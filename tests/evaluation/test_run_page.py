@@ -93,7 +93,8 @@ def test_results_have_means_intervals_and_what_the_tests_say(text, parse):
     (compared,) = (row for row in rows if row[0] == 'LLM zero-shot − Retriever')
     assert compared[1:3] == ['NDCG@10', '24']
     assert compared[3].startswith(f'{found["difference"]:+.4f} [')
-    assert compared[4] == f'worse (p {found["p_adjusted"]:.4f})'
+    told = f'worse (p {found["p_adjusted"]:.4f})detectable: {found["detectable"]:.4f}'
+    assert compared[4] == told
     groups = [row for row in rows if row[0] in ('2-4', '5-<9>')]
     assert [row[1] for row in groups] == ['12', '12']
     even = np.array([0, 2, 4, 6])  # places behind, of the retriever two more
