@@ -135,8 +135,8 @@ def _comparisons(report: Mapping[str, Any]) -> str:
     ]
     return (
         '<h3>Comparisons</h3>\n<p class="note">Paired differences on the same users. A p after '
-        f'Holm of at most {LEVEL} tells A from B. Detectable: the true difference that an uncorrected '
-        'test of so many users finds 8 times in 10; a smaller one may be there unseen.</p>\n'
+        f'Holm of at most {LEVEL} tells A from B. Detectable: the true difference that an '
+        'uncorrected test of so many users finds 8 times in 10; a smaller one may be there.</p>\n'
         f'{page.cards(head, body, label="Comparisons", narrow=[1, 2])}\n'
     )
 
