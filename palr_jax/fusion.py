@@ -5,13 +5,13 @@ the same way, with weights of their own from the same validation users: populari
 scores of somebody else.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from palr_jax import retrieval, storage
 from palr_jax.project import Project, ranked_users, retriever_scores
-from palr_jax.ranking.fuse import choose_weight, shuffle_users
+from palr_jax.ranking.fuse import choose_weight, fuse, shuffle_users
 from palr_jax.ranking.users import Scores
 
 LLM = 'fused'
@@ -54,3 +54,47 @@ def choose_fusion(project: Project, system: str) -> None:
             tried = [[w, value] for w, value in ndcg.items()]
             chosen[name] = {'weight': weight, 'valid_ndcg@10': tried}
     storage.write_json(project.folder('ranking') / 'fusion.json', chosen)
+
+
+class Scored(NamedTuple):
+    """What a system said of its candidates."""
+
+    users: np.ndarray  # [U']
+    items: np.ndarray  # [U', C]
+    scores: np.ndarray  # [U', C]
+    mode: str | None = None  # how the LLM in it ranks
+    objective: str | None = None  # what that LLM was trained on
+
+
+def scored_systems(project: Project, fusion: dict[str, Any]) -> dict[str, Scored]:
+    """All systems that rank the test users' candidates, controls first."""
+    config = project.config
+    mode, objective = config.ranking.mode, {'llm': config.finetune.objective}
+    names = dict.fromkeys(('llm_zero_shot', fusion['system']))
+    found = {name: project.llm_scores(name, 'test') for name in names}
+    alone = {
+        name: Scored(
+            scores.users,
+            scores.items,
+            scores.normalized(config.ranking.normalize),
+            mode,
+            objective.get(name),
+        )
+        for name, scores in found.items()
+    }
+    if project.writes_freely:
+        return alone
+    llm = found[fusion['system']]
+    users, items = llm.users, llm.items
+    constant = np.where(items >= 0, 0.0, -np.inf)
+    systems = {
+        'random': Scored(users, items, constant),
+        'popularity_reranked': Scored(users, items, popularity_scores(project, items)),
+    }
+    base = retriever_scores(project, llm, 'test')
+    fused = {
+        name: Scored(users, items, fuse(base, partner, fusion[name]['weight']))
+        for name, partner in partner_scores(project, llm).items()
+    }
+    fused[LLM] = fused[LLM]._replace(mode=mode, objective=objective.get(fusion['system']))
+    return systems | alone | fused

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -99,6 +100,17 @@ class MetricWriter:
     def _upload(self) -> None:
         storage.write_text(self._path, self._text)
         self._uploaded = time.monotonic()
+
+
+def read_curve(workdir: epath.PathLike, stage: str) -> list[dict[str, Any]]:
+    """The lines of a stage, in the order written; none where there is no file.
+
+    Raises:
+      InputError: the file is damaged elsewhere than in a last line that was cut off.
+    """
+    path = epath.Path(workdir) / FILE
+    text = _kept(path.read_text(), {}, path) if path.exists() else ''
+    return [entry for entry in map(json.loads, text.splitlines()) if entry['stage'] == stage]
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from palr_jax import data, evaluation, retrieval, storage
 from palr_jax.config import validate
+from palr_jax.details import write_prompts
 from palr_jax.errors import InputError
 from palr_jax.evaluation import TargetRanks, rank_targets
 from palr_jax.finetune.train import Program, answer_losses, choice_losses, train
@@ -292,6 +293,8 @@ def rank_users(project: Project) -> None:
         tokens = [len(query.prompt) for query in queries]
         path = project.folder('ranking') / f'prompts_{part}.npz'
         storage.write_arrays(path, users=users, tokens=np.array(tokens, np.int32))
+        if part == 'test':
+            write_prompts(project, users, items)
         for llm in systems if part == 'test' else systems[-1:]:
             rank_by(project, llm, part, users, items, queries)
     distributed.by_one(lambda: choose_fusion(project, systems[-1].system))

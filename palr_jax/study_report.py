@@ -9,6 +9,7 @@ from palr_jax import storage
 from palr_jax.errors import InputError
 from palr_jax.evaluation import Run, item_facts, study_chart, study_page, study_text
 from palr_jax.evaluation import study as report
+from palr_jax.fusion import scored_systems
 from palr_jax.project import Project
 from palr_jax.stages import flatten
 from palr_jax.study import Study, Variant, failure, is_finished, open_workdir, variant_folder
@@ -77,7 +78,7 @@ def read_outcome(study: Study, variant: Variant, workdir: epath.PathLike) -> rep
     if not fusion.exists():
         return report.Outcome(variant.name, {'retriever': full[1]}, _costs(project), folders)
     stored = storage.read_json(fusion)
-    ranked = ranked_runs(project, full, stored)
+    ranked = ranked_runs(project, full, scored_systems(project, stored))
     names = {'retriever': 'retriever', 'zero_shot': 'llm_zero_shot', 'llm': stored['system']}
     names['fused'] = 'fused'
     runs: dict[str, Run] = {

@@ -3,18 +3,17 @@
 import platform
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from palr_jax import evaluation, retrieval, storage
+from palr_jax import details, evaluation, retrieval, storage
 from palr_jax.evaluation import Comparison, HeldOutLoss, Run, rank_targets
-from palr_jax.fusion import LLM, PARTNERS, partner_scores, popularity_scores
-from palr_jax.project import Project, ranked_users, retriever_scores
+from palr_jax.fusion import LLM, PARTNERS, Scored, scored_systems
+from palr_jax.project import Project, ranked_users
 from palr_jax.prompts.tasks import split_users
-from palr_jax.ranking.fuse import fuse
 from palr_jax.ranking.generate_users import Answers
 from palr_jax.ranking.users import Scores
 from palr_jax.stages import Ledger
@@ -33,19 +32,21 @@ def alone(fitted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_report(project: Project, *, ledger: Ledger) -> None:
-    """Everything before -> `report/`: metrics.json, report.md and the picture."""
+    """Everything before -> `report/`: metrics.json, details.json, report.md and report.html."""
     config, dataset = project.config, project.dataset
     runs = [full_run(project, system) for system in BASE]
     comparisons = [Comparison(runs[1], runs[0], 'NDCG@10')]
     parts = [full_run(project, name) for name in alone(dict.fromkeys(config.retrieval.systems))]
     comparisons += [Comparison(runs[1], part, 'NDCG@10') for part in parts]
     runs += parts
+    everyone, ranked, scored = list(runs), {}, {}
     notes, held_out = [], None
     timing = {'seconds': ledger.seconds()}
     fusion_path = project.folder('ranking') / 'fusion.json'
     if fusion_path.exists():
         fusion = storage.read_json(fusion_path)
-        ranked = ranked_runs(project, runs, fusion)
+        scored = scored_systems(project, fusion)
+        ranked = ranked_runs(project, runs, scored)
         runs += [run for run in ranked.values() if run not in runs]  # of all users, some are there
         comparisons += compared(ranked)
         of_groups = grouped_runs(project, ranked)
@@ -79,7 +80,8 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
         held_out=held_out,
         items=evaluation.item_facts(dataset.split, dataset.catalogue),
     )
-    evaluation.write(report, project.folder('report'))
+    more = details.build(project, everyone, ranked, scored)
+    evaluation.write(report, more, project.folder('report'))
 
 
 def full_run(project: Project, system: str) -> Run:
@@ -93,12 +95,17 @@ def full_run(project: Project, system: str) -> Run:
     return Run(system, users, ranks, lists=lists)
 
 
-def ranked_runs(project: Project, full: list[Run], fusion: dict[str, Any]) -> dict[str, Run]:
+def ranked_runs(project: Project, full: list[Run], scored: Mapping[str, Scored]) -> dict[str, Run]:
     """The rows over the users whose candidates the LLM ranked, by system.
 
     Beside the LLM alone and fused: the whole catalogue ranked without it, for the same users, and
     the controls. Those rank the same candidates without an LLM (`random`, `popularity_reranked`) or
     fuse the retriever with something else (`fused_…`, see `fusion.py`).
+
+    Args:
+      project: of the run.
+      full: the rows of popularity and the retriever, over all test users, first.
+      scored: from `scored_systems`.
     """
     config = project.config
     users = ranked_users(project, 'test')
@@ -112,7 +119,7 @@ def ranked_runs(project: Project, full: list[Run], fusion: dict[str, Any]) -> di
         rows = np.searchsorted(run.users, users)
         ranks, lists = run.ranks.take(rows), run.lists[rows]
         runs[run.system] = Run(run.system, users, ranks, user_set=user_set, lists=lists)
-    for system, found in scored_systems(project, fusion).items():
+    for system, found in scored.items():
         rows = np.searchsorted(users, found.users)
         targets = project.dataset.split.targets('test')[found.users]
         ranks = rank_targets(found.items, found.scores, targets, found.users)
@@ -130,50 +137,6 @@ def ranked_runs(project: Project, full: list[Run], fusion: dict[str, Any]) -> di
             lists=lists,
         )
     return runs
-
-
-class Scored(NamedTuple):
-    """What a system said of its candidates."""
-
-    users: np.ndarray  # [U']
-    items: np.ndarray  # [U', C]
-    scores: np.ndarray  # [U', C]
-    mode: str | None = None  # how the LLM in it ranks
-    objective: str | None = None  # what that LLM was trained on
-
-
-def scored_systems(project: Project, fusion: dict[str, Any]) -> dict[str, Scored]:
-    """All systems that rank the candidates, controls first."""
-    config = project.config
-    mode, objective = config.ranking.mode, {'llm': config.finetune.objective}
-    names = dict.fromkeys(('llm_zero_shot', fusion['system']))
-    found = {name: project.llm_scores(name, 'test') for name in names}
-    alone = {
-        name: Scored(
-            scores.users,
-            scores.items,
-            scores.normalized(config.ranking.normalize),
-            mode,
-            objective.get(name),
-        )
-        for name, scores in found.items()
-    }
-    if project.writes_freely:
-        return alone
-    llm = found[fusion['system']]
-    users, items = llm.users, llm.items
-    constant = np.where(items >= 0, 0.0, -np.inf)
-    systems = {
-        'random': Scored(users, items, constant),
-        'popularity_reranked': Scored(users, items, popularity_scores(project, items)),
-    }
-    base = retriever_scores(project, llm, 'test')
-    fused = {
-        name: Scored(users, items, fuse(base, partner, fusion[name]['weight']))
-        for name, partner in partner_scores(project, llm).items()
-    }
-    fused[LLM] = fused[LLM]._replace(mode=mode, objective=objective.get(fusion['system']))
-    return systems | alone | fused
 
 
 def compared(ranked: dict[str, Run]) -> list[Comparison]:

@@ -126,13 +126,47 @@ def test_all_files_of_the_contract_are_there(finished):
     for name in (
         *('config.json', 'metrics.jsonl', 'finetune/adapter/adapter_config.json'),
         *('finetune/adapter/adapter_model.safetensors', 'report/report.md'),
-        *('report/comparison.png', 'report/metrics.json'),
+        *('report/comparison.png', 'report/metrics.json', 'report/details.json'),
+        *('report/report.html', 'ranking/examples.json'),
     ):
         assert (workdir / name).stat().st_size > 0, name
     assert json.loads((workdir / 'report' / 'metrics.json').read_text()) == report
     lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
     assert [line['step'] for line in lines if line['stage'] == 'finetune'] == [1, 2, 3, 4]
     assert not list(workdir.rglob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_the_page_names_ten_users_and_what_their_prompts_show(finished, inputs):
+    workdir, _ = finished
+    page = (workdir / 'report' / 'report.html').read_text()
+    assert len(page) < 1_000_000
+    dataset = read(workdir / 'data')
+    found = storage.read_json(workdir / 'report' / 'details.json')
+    examples = found['examples']
+    assert len(examples['users']) == 10
+    assert examples['of'] == 12
+    for user in examples['users']:
+        assert f'<strong>User {user["user"]}</strong>' in page
+    assert len(found['curves']['finetune']['loss']) == 4
+
+    # The first of them once more, from the files of the stages.
+    user = examples['users'][0]
+    dense = dataset.user_ids.index(user['user'])
+    titles, split = dataset.catalogue.titles, dataset.split
+    assert user['target'] == titles[split.target(dense, 'test')]
+    assert user['history'] == [titles[item] for item in split.history(dense, 'test')[-4:]]
+    genres = {
+        genre for item in split.history(dense, 'test') for genre in dataset.catalogue.keywords[item]
+    }
+    assert set(user['profile']) <= genres
+    config = small_config(inputs)
+    scores = Project(config, workdir).llm_scores('llm', 'test')
+    (row,) = np.flatnonzero(scores.users == dense)
+    best = scores.items[row, scores.normalized(config.ranking.normalize)[row].argmax()]
+    (first,) = (c for c in user['candidates'] if c['places']['llm'][0] == 1)
+    assert first['title'] == titles[best]
+    assert [c['places']['retriever'][0] for c in user['candidates']] == list(range(1, 11))
 
 
 @pytest.mark.slow
@@ -213,6 +247,7 @@ def test_a_report_without_an_llm(inputs, tmp_path):
     report = pipeline.run(config, tmp_path)
     assert [run['system'] for run in report['runs']] == SYSTEMS[:2]
     assert report['finetune'] is None
+    assert 'No LLM ranked in this run' in (tmp_path / 'report' / 'report.html').read_text()
 
 
 @pytest.mark.slow
@@ -329,6 +364,9 @@ def test_the_model_writes_its_ranking(inputs, tmp_path):
     report = pipeline.run(config, tmp_path, overwrite=True)
     assert list(of_users(report)) == ['popularity', 'retriever', 'llm_zero_shot']
     assert any('of the users have no valid answer' in note for note in report['notes'])
+    page = (tmp_path / 'report' / 'report.html').read_text()
+    assert 'The LLM names items of its own choice.' in page
+    assert page.count('<strong>User ') == 4
     with pytest.raises(InputError, match='writes freely and ranks no candidates'):
         recommend(tmp_path, [catalogue.titles[3]], 3)
 

@@ -25,6 +25,7 @@ SPLITS = {'valid': 'Validation', 'test': 'Test'}
 DETAILS = ('variant', 'mode', 'objective')
 WITH_INTERVAL = ('HR@10', 'NDCG@10')  # in Markdown; metrics.json has the intervals of all
 LISTS = ('coverage@10', 'novelty@10', 'diversity@10')  # of what is recommended
+LIST_HEAD = ('System', 'Coverage', 'Novelty (bits)', 'Diversity')
 UNKNOWN = '–'
 SIGNED = '+z.4f'  # never -0.0000
 LISTS_MEANING = (
@@ -115,7 +116,7 @@ def compared_users(report: Row, comparison: Row) -> int | None:
 
 def table(report: Row) -> str:
     """The main numbers, at most 100 columns wide."""
-    lines = [_summary(report)]
+    lines = [summary(report)]
     width = 34
     for heading, rows in blocks(report):
         lines += ['', heading]
@@ -139,7 +140,7 @@ def table(report: Row) -> str:
         for row in report['comparisons']:
             users = number(compared_users(report, row), ',')
             lines.append(
-                f'{_cut(_pair(row), width)}{users:>7}'
+                f'{_cut(pair(row), width)}{users:>7}'
                 f'  {row["metric"]:<8}{number(row["difference"], SIGNED):>8}'
                 f'  {interval(row["ci95"], SIGNED):<20}{number(row["p_adjusted"]):>8}'
             )
@@ -169,7 +170,8 @@ def _facts(report: Row) -> list[str]:
     return [line for fact in [*facts, *report['notes']] for line in wrap.wrap(fact)]
 
 
-def _pair(comparison: Row) -> str:
+def pair(comparison: Row) -> str:
+    """What is compared, for people."""
     group = f' ({comparison["group"]})' if 'group' in comparison else ''
     return f'{title(comparison["a"])} − {title(comparison["b"])}{group}'
 
@@ -179,7 +181,8 @@ def _cut(text: str, width: int) -> str:
     return f'{text if len(text) < width else f"{text[: width - 2]}…":<{width}}'
 
 
-def _summary(report: Row) -> str:
+def summary(report: Row) -> str:
+    """The data set in one line."""
     counts = [
         f'{report["dataset"][key]:,} {key}'
         for key in ('users', 'items', 'interactions')
@@ -193,26 +196,29 @@ def _summary(report: Row) -> str:
 def markdown(report: Row) -> str:
     """The whole report."""
     names = metric_names(report)
-    parts = [f'# {dataset_title(report)}: who ranks better', f'{_summary(report)}.']
+    parts = [f'# {dataset_title(report)}: who ranks better', f'{summary(report)}.']
     parts += ['![HR@10 and NDCG@10 of the systems](comparison.png)', '## Results']
     for heading, rows in blocks(report):
         parts += [f'### {heading}', _result_table(rows, names)]
     if report['comparisons']:
         parts += ['## Comparisons', _comparison_table(report)]
-    recommended = [(heading, _list_table(rows)) for heading, rows in blocks(report)]
-    if any(text for _, text in recommended):
+    recommended = [(heading, list_rows(rows)) for heading, rows in blocks(report)]
+    if any(body for _, body in recommended):
         parts += ['## What is recommended', LISTS_MEANING]
-        parts += [f'### {heading}\n\n{text}' for heading, text in recommended if text]
+        for heading, body in recommended:
+            parts += [f'### {heading}', table_of(LIST_HEAD, body, left=1)] if body else []
     if blocks(report, groups=True):
         parts.append('## Groups of users')
         for heading, rows in blocks(report, groups=True):
-            for grouping, of_grouping in _groupings(rows).items():
+            for grouping, of_grouping in groupings(rows).items():
                 parts.append(f'### {heading}{grouping and ": by "}{grouping}')
                 parts.append(_group_table(of_grouping))
     if report['finetune']:
-        parts += ['## Fine-tuning', _finetune_table(report['finetune'])]
+        head, line = finetune_rows(report['finetune'])
+        parts += ['## Fine-tuning', finetune_text(report['finetune'])]
+        parts.append(table_of(head, [line], left=0))
     parts += ['## Retrieval', _properties(report['retrieval'])]
-    parts += ['## How to read this', _reading(report)]
+    parts += ['## How to read this', '\n'.join(f'- {line}' for line in reading(report))]
     if report['notes']:
         parts += ['## Notes on this run', '\n'.join(f'- {note}' for note in report['notes'])]
     for name, key in (('Data', 'dataset'), ('Timing', 'timing'), ('Versions', 'versions')):
@@ -235,7 +241,7 @@ def _group_table(groups: Mapping[str, list[tuple[str, Row]]]) -> str:
     return table_of(['Group', 'System', 'Users', *_result_head(WITH_INTERVAL)], body, left=2)
 
 
-def _groupings(
+def groupings(
     rows: Sequence[tuple[str, Row]],
 ) -> dict[str, dict[str, list[tuple[str, Row]]]]:
     """Rows by grouping and group; a row's 'group' is 'grouping: group', or a group alone."""
@@ -261,15 +267,13 @@ def _results(row: Row, names: Sequence[str]) -> list[str]:
     return cells
 
 
-def _list_table(rows: Sequence[tuple[str, Row]]) -> str:
-    """'' where no row has lists."""
-    head = ['System', 'Coverage', 'Novelty (bits)', 'Diversity']
-    body = [
+def list_rows(rows: Sequence[tuple[str, Row]]) -> list[list[str]]:
+    """Of the rows with lists: system, coverage, novelty and diversity."""
+    return [
         [title(label), *(number(row[name], '.3f') for name in LISTS)]
         for label, row in rows
         if any(row.get(name) is not None for name in LISTS)  # older reports lack them
     ]
-    return table_of(head, body, left=1) if body else ''
 
 
 def _comparison_table(report: Row) -> str:
@@ -279,7 +283,7 @@ def _comparison_table(report: Row) -> str:
         users = compared_users(report, row)
         body.append(
             [
-                _pair(row),
+                pair(row),
                 row['metric'],
                 number(users, ','),
                 number(row['difference'], SIGNED),
@@ -292,21 +296,25 @@ def _comparison_table(report: Row) -> str:
     return table_of(head, body, left=2)
 
 
-def _finetune_table(finetune: Row) -> str:
-    loss = finetune['loss']
+def finetune_text(finetune: Row) -> str:
+    """What the losses of `finetune_rows` are of."""
     of_what, unit = LOSSES[finetune['of']]
-    text = (
+    return (
         f'Loss of {of_what} of {finetune["users"]:,} users ({finetune["examples"]:,} examples) '
         f'that gave no fine-tuning examples, in nats {unit}; mean over users.'
     )
-    head = ['Before', '95 %', 'After', '95 %', 'Difference', '95 %']
-    line = []
+
+
+def finetune_rows(finetune: Row) -> tuple[list[str], list[str]]:
+    """The losses before and after, with intervals: a head and a line."""
+    loss, line = finetune['loss'], []
     for name, form in (('before', '.4f'), ('after', '.4f'), ('difference', SIGNED)):
         line += [number(loss[name], form), interval(loss['ci95'][name], form)]
-    return f'{text}\n\n{table_of(head, [line], left=0)}'
+    return ['Before', '95 %', 'After', '95 %', 'Difference', '95 %'], line
 
 
-def _reading(report: Row) -> str:
+def reading(report: Row) -> list[str]:
+    """What a reader must know."""
     settings = report['evaluation']
     lines = [
         'Every user of a row counts; a user whose target is not among the ranked items is a miss '
@@ -330,27 +338,27 @@ def _reading(report: Row) -> str:
         )
     if report['dataset'].get('tie_rule'):
         lines.append(f'Events of a user at the same time: {report["dataset"]["tie_rule"]}.')
-    return '\n'.join(f'- {line}' for line in lines)
+    return lines
 
 
 def _properties(values: Row) -> str:
-    """Two columns; nested keys are joined by dots."""
+    return table_of(['', ''], properties(values), left=2)
 
-    def flat(values: Row, prefix: str) -> list[list[str]]:
-        lines = []
-        for key, value in values.items():
-            if isinstance(value, Mapping):
-                lines += flat(value, f'{prefix}{key}.')
-            elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-                for place, entry in enumerate(value, start=1):
-                    lines += flat(entry, f'{prefix}{key}.{place}.')
-            elif isinstance(value, list):
-                lines.append([f'{prefix}{key}', ', '.join(map(str, value))])
-            else:
-                lines.append([f'{prefix}{key}', _value(value)])
-        return lines
 
-    return table_of(['', ''], flat(values, ''), left=2)
+def properties(values: Row, prefix: str = '') -> list[list[str]]:
+    """[name, value] of everything in `values`; nested names are joined by dots."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += properties(value, f'{prefix}{key}.')
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            for place, entry in enumerate(value, start=1):
+                lines += properties(entry, f'{prefix}{key}.{place}.')
+        elif isinstance(value, list):
+            lines.append([f'{prefix}{key}', ', '.join(map(str, value))])
+        else:
+            lines.append([f'{prefix}{key}', _value(value)])
+    return lines
 
 
 def _value(value: Any) -> str:

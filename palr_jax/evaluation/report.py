@@ -1,7 +1,8 @@
 """What a run found, as one JSON-able dict and as the files made from it.
 
 `build` computes the dict whose form `report/metrics.json` promises. Everything else (Markdown,
-terminal table, chart) derives from that dict alone, so a stored report can be rendered again.
+terminal table, chart) derives from that dict alone, so a stored report can be rendered again; the
+page (`run_page.py`) derives from it and from `details.json`.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from etils import epath
 
 from palr_jax import storage
 from palr_jax.errors import InputError
-from palr_jax.evaluation import chart, metrics, render, statistics
+from palr_jax.evaluation import chart, metrics, render, run_page, statistics
 from palr_jax.evaluation.lists import LENGTH, ItemFacts, coverage, diversity, novelty
 from palr_jax.evaluation.metrics import TargetRanks
 
@@ -142,18 +143,26 @@ def build(
     return _plain(report)
 
 
-def write(report: Mapping[str, Any], folder: epath.PathLike) -> None:
-    """Writes report.md, comparison.png and, last, metrics.json.
+def write(report: Mapping[str, Any], details: Mapping[str, Any], folder: epath.PathLike) -> None:
+    """Writes report.md, comparison.png, details.json, report.html and, last, metrics.json.
+
+    Args:
+      report: from `build`.
+      details: what only the page shows, as `palr_jax.details.build` returns it.
+      folder: of the files.
 
     Raises:
       InputError: the report was written by another version of this code, or cannot be stored.
     """
-    if report.get('schema') != SCHEMA:
-        found = report.get('schema')
-        raise InputError(f'{folder}: the report has schema {found}; this version reads {SCHEMA}.')
+    pairs = ('the report', report, SCHEMA), ('details.json', details, run_page.SCHEMA)
+    for name, stored, reads in pairs:
+        if (found := stored.get('schema')) != reads:
+            raise InputError(f'{folder}: {name} has schema {found}; this version reads {reads}.')
     folder = epath.Path(folder)
     storage.write_text(folder / 'report.md', render.markdown(report))
     storage.write_bytes(folder / 'comparison.png', chart.comparison(report))
+    storage.write_json(folder / 'details.json', details)
+    storage.write_text(folder / 'report.html', run_page.build(report, details))
     storage.write_json(folder / 'metrics.json', report)
 
 

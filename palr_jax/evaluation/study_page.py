@@ -1,12 +1,20 @@
 """The report of a study as one HTML file: `report.html`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from palr_jax.evaluation import page, render, study_text
+from palr_jax.evaluation import page, render, study_text, svg
+from palr_jax.evaluation.intervals import (
+    LEVEL,
+    difference_scale,
+    interval,
+    scale_end,
+    verdict,
+    with_scale,
+)
 from palr_jax.evaluation.page import Html, Section
 from palr_jax.evaluation.study import COSTS, METRICS, ROLES
-from palr_jax.evaluation.study_text import LEVEL, finished, plain
+from palr_jax.evaluation.study_text import finished, plain
 
 MAIN = 'NDCG@10'  # what is tested in the text, and drawn against the costs
 
@@ -42,14 +50,13 @@ def _results(report: Mapping[str, Any]) -> Html:
     """A table a system, a row a variant: metrics and differences as intervals on one scale."""
     variants = finished(report)
     every = [row for variant in variants for row in variant['systems'].values()]
-    scales = {m: (0.0, _end([row['ci95'][m] for row in every])) for m in METRICS}
+    scales = {m: (0.0, scale_end([row['ci95'][m] for row in every])) for m in METRICS}
     tested = [row['difference'].get(MAIN) or {} for row in every]
-    furthest = _end([[abs(end) for end in row.get('ci95') or ()] for row in tested])
-    scales['Δ'] = (-furthest, furthest)
+    scales['Δ'] = difference_scale([row.get('ci95') for row in tested])
     head = [
         'Variant',
-        *(_with_scale(metric, scales[metric], '.2f') for metric in METRICS),
-        _with_scale(f'Δ {MAIN}', scales['Δ'], '+.2f'),
+        *(with_scale(metric, scales[metric], '.2f') for metric in METRICS),
+        with_scale(f'Δ {MAIN}', scales['Δ'], '+.2f'),
         f'{MAIN} against the base',
     ]
     text = (
@@ -67,16 +74,6 @@ def _results(report: Mapping[str, Any]) -> Html:
     return Html(text)
 
 
-def _end(intervals: Sequence[Sequence[float] | None]) -> float:
-    """The largest number, or 1 where there is none but 0."""
-    return max((end for bounds in intervals for end in bounds or ()), default=0.0) or 1.0
-
-
-def _with_scale(name: str, scale: tuple[float, float], form: str) -> Html:
-    low, high = (format(end, form) if end else '0' for end in scale)
-    return Html(f'{page.escape(name)}<small>{low} … {high}</small>')
-
-
 def _row(
     variant: Mapping[str, Any],
     base: Mapping[str, Any],
@@ -88,42 +85,21 @@ def _row(
     cells: list[str] = [Html(f'<a href="#variant-{variant["name"]}">{name}</a>')]
     for metric in METRICS:
         mark = of_base and of_base[metric]
-        cells.append(_interval(row[metric], row['ci95'][metric], scales[metric], role, mark))
+        cells.append(interval(row[metric], row['ci95'][metric], scales[metric], role, mark))
     found = row['difference'].get(MAIN) or {}
-    drawn = _interval(found.get('difference'), found.get('ci95'), scales['Δ'], role, 0.0)
+    drawn = interval(found.get('difference'), found.get('ci95'), scales['Δ'], role, 0.0)
     return [*cells, drawn, _verdict(variant is base, of_base is not None, found)]
 
 
-def _interval(
-    mean: float | None,
-    bounds: Sequence[float] | None,
-    scale: tuple[float, float],
-    role: str,
-    mark: float | None,
-) -> str:
-    """Numbers and their picture; the scale of differences begins below 0."""
-    if mean is None or bounds is None:
-        return render.UNKNOWN
-    form = render.SIGNED if scale[0] else '.4f'
-    numbers = f'{render.number(mean, form)} <small>{render.interval(bounds, form)}</small>'
-    return Html(f'{numbers}{page.bar(mean, bounds, scale, role, mark)}')
-
-
 def _verdict(is_base: bool, in_base: bool, found: Mapping[str, Any]) -> str:
-    """What the test says, with what it could have found where it found nothing."""
+    """What stands in the last column: what the test says, if there is one."""
     if is_base:
         return 'the base'
     if not in_base:
         return 'the base has no such system'
     if not found:
         return 'ranks every target as the base does'
-    if found['p_adjusted'] is None:
-        return render.UNKNOWN
-    p = f'p {found["p_adjusted"]:.4f}'
-    if found['p_adjusted'] <= LEVEL:
-        return f'{"better" if found["difference"] > 0 else "worse"} ({p})'
-    detectable = render.number(found['detectable'])
-    return Html(f'not significant ({p})<small class="below">detectable: {detectable}</small>')
+    return verdict(found)
 
 
 # --- costs ------------------------------------------------------------------------------------
@@ -137,7 +113,7 @@ def _cost(report: Mapping[str, Any]) -> Html:
     charts = ''
     for label, of in (('Prompt tokens a user', _tokens), ('Fine-tuning and ranking (s)', _seconds)):
         points = [
-            page.Point(number, cost, row[MAIN], row['ci95'][MAIN])
+            svg.Point(number, cost, row[MAIN], row['ci95'][MAIN])
             for number, variant in enumerate(report['variants'], start=1)
             if variant in variants
             and (cost := of(variant['costs'])) is not None
@@ -145,7 +121,7 @@ def _cost(report: Mapping[str, Any]) -> Html:
             and row[MAIN] is not None
         ]
         if points:
-            charts += page.scatter(points, label, y_label, role)
+            charts += svg.scatter(points, label, y_label, role)
     body = [
         [
             str(number),

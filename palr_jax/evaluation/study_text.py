@@ -6,7 +6,6 @@ from typing import Any
 from palr_jax.evaluation import render
 from palr_jax.evaluation.study import COSTS, METRICS, ROLES
 
-LEVEL = 0.05  # a corrected p above it is not significant
 CURVES = '`tensorboard --logdir` of the study shows all of them under the name of their folder.'
 
 

@@ -252,30 +252,38 @@ def test_misuse_is_refused():
         make_report([])
 
 
-def test_a_stored_report_renders_the_same_again(report, tmp_path):
-    write(report, tmp_path / 'report')
-    stored = json.loads((tmp_path / 'report' / 'metrics.json').read_text())
+def test_a_stored_report_renders_the_same_again(report, details, tmp_path):
+    write(report, details, tmp_path / 'report')
+    stored, more = (
+        json.loads((tmp_path / 'report' / name).read_text())
+        for name in ('metrics.json', 'details.json')
+    )
     assert stored == report
-    write(stored, tmp_path / 'again')
+    assert more == details
+    write(stored, more, tmp_path / 'again')
     assert table(stored) == table(report)
-    for name in ('metrics.json', 'report.md', 'comparison.png'):
+    for name in ('metrics.json', 'details.json', 'report.md', 'report.html', 'comparison.png'):
         first, again = ((tmp_path / folder / name).read_bytes() for folder in ('report', 'again'))
         assert first == again
     assert sorted(path.name for path in (tmp_path / 'report').iterdir()) == [
         'comparison.png',
+        'details.json',
         'metrics.json',
+        'report.html',
         'report.md',
     ]
 
 
-def test_another_schema_is_refused(report, tmp_path):
-    with pytest.raises(InputError, match='schema 9; this version reads 1'):
-        write(report | {'schema': 9}, tmp_path)
+def test_another_schema_is_refused(report, details, tmp_path):
+    with pytest.raises(InputError, match='the report has schema 9; this version reads 1'):
+        write(report | {'schema': 9}, details, tmp_path)
+    with pytest.raises(InputError, match=r'details\.json has schema 9; this version reads 1'):
+        write(report, details | {'schema': 9}, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_markdown_holds_every_row_and_what_the_numbers_mean(report, tmp_path):
-    write(report, tmp_path)
+def test_markdown_holds_every_row_and_what_the_numbers_mean(report, details, tmp_path):
+    write(report, details, tmp_path)
     text = (tmp_path / 'report.md').read_text()
     assert '### Test, all 60 users' in text
     assert '### Test, sample of 24 users (seed 3)' in text
@@ -300,10 +308,10 @@ def test_markdown_holds_every_row_and_what_the_numbers_mean(report, tmp_path):
     assert all(line.endswith('|') for line in rows)
 
 
-def test_cells_cannot_break_a_table(tmp_path):
+def test_cells_cannot_break_a_table(details, tmp_path):
     users = np.arange(60)
     runs = [Run('my|system', users, ranked(users, 1, 0))]
-    write(make_report(runs), tmp_path)
+    write(make_report(runs), details, tmp_path)
     assert '| My&#124;system | 60 |' in (tmp_path / 'report.md').read_text()
 
 
@@ -320,11 +328,11 @@ def test_terminal_table_fits_100_columns(report):
 
 
 @pytest.mark.parametrize('name', ['ml100k', 'prices in $ and _{x', None])
-def test_chart_is_a_picture_that_grows_with_the_rows(name, tmp_path):
+def test_chart_is_a_picture_that_grows_with_the_rows(name, details, tmp_path):
     runs = make_runs()
     sizes = []
     for some in (runs[:2], runs):
-        write(make_report(some, dataset={'name': name}), tmp_path)
+        write(make_report(some, dataset={'name': name}), details, tmp_path)
         pixels = image.imread(io.BytesIO((tmp_path / 'comparison.png').read_bytes()))
         sizes.append(pixels.shape)
     assert sizes[0][1] == sizes[1][1] == 1440
@@ -333,11 +341,11 @@ def test_chart_is_a_picture_that_grows_with_the_rows(name, tmp_path):
     assert {(0, 114, 178), (213, 94, 0), (0, 158, 115)} <= colours  # retriever, LLM, fused
 
 
-def test_a_report_of_groups_alone_still_has_a_chart(tmp_path):
+def test_a_report_of_groups_alone_still_has_a_chart(details, tmp_path):
     users = np.arange(60)
     run = Run('llm', users, ranked(users, 1, 0), split='valid')
     for runs in ([run], by_group(run, {'odd': users % 2 == 1, 'none': users < 0})):
-        write(make_report(runs), tmp_path)
+        write(make_report(runs), details, tmp_path)
         assert (tmp_path / 'comparison.png').read_bytes().startswith(b'\x89PNG')
 
 

@@ -1,17 +1,10 @@
 """The page of a study: whole, escaped, by itself; in a browser readable and usable by keyboard."""
 
-import html.parser
-import itertools
-import os
-import re
-import shutil
-
 import numpy as np
 import pytest
 
-from palr_jax.evaluation import Run, TargetRanks, page, study, study_page
+from palr_jax.evaluation import Run, TargetRanks, study, study_page, svg
 
-VOID = {'meta', 'link', 'br'}
 USERS = 40
 ODD = 'The prompt of <script>alert(1)</script> & "others" is too long.'
 
@@ -64,65 +57,21 @@ def text():
     return study_page.build(made_up())
 
 
-class Parsed(html.parser.HTMLParser):
-    """The tags with their attributes, and the texts of every table's rows."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.rows, self.words = [], [], [], ''
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == 'tr':
-            self.rows.append([])
-        if tag in ('td', 'th'):
-            self.rows[-1].append('')
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if 'style' in self.open:
-            return
-        self.words += data
-        if {'td', 'th'} & set(self.open):
-            self.rows[-1][-1] += data
+def test_every_tag_is_closed_and_every_link_leads_to_a_part_of_the_page(text, parse):
+    links = parse(text).check_links()
+    assert {'#results', '#cost', '#variants', '#numbers', '#variant-latest_2'} <= links
 
 
-def test_every_tag_is_closed_and_every_link_leads_to_a_part_of_the_page(text):
-    parsed = Parsed(text)
-    names = [attributes['id'] for _, attributes in parsed.tags if 'id' in attributes]
-    assert len(names) == len(set(names))
-    links = [attributes['href'] for tag, attributes in parsed.tags if tag == 'a']
-    assert {'#results', '#cost', '#variants', '#numbers', '#variant-latest_2'} <= set(links)
-    assert all(link.removeprefix('#') in names for link in links)
-    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch('h[1-6]', tag)]
-    assert levels[0] == 1
-    assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
-
-
-def test_the_page_loads_nothing(text):
-    parsed = Parsed(text)
-    assert not {'script', 'img', 'iframe', 'object'} & {tag for tag, _ in parsed.tags}
-    for _, attributes in parsed.tags:
-        assert attributes.get('href', '#')[:1] == '#' or attributes['href'] == 'data:,'
-        assert not {'src', 'onclick', 'onload', 'srcset'} & set(attributes)
+def test_the_page_loads_nothing(text, parse):
+    parse(text).check_loads_nothing()
     assert 'url(' not in text
     assert '@import' not in text
     assert "default-src 'none'" in text
 
 
-def test_all_text_is_escaped(text):
+def test_all_text_is_escaped(text, parse):
     assert '<script' not in text
-    parsed = Parsed(text)
+    parsed = parse(text)
     assert 'Study: a<b & c' in parsed.words
     assert 'ml<100k' in parsed.words
     assert parsed.words.count(ODD) == 2  # above, and with the variant
@@ -130,9 +79,9 @@ def test_all_text_is_escaped(text):
     assert ['model.path', '<a&b>'] in parsed.rows
 
 
-def test_every_variant_has_its_rows_and_what_the_test_says(text):
+def test_every_variant_has_its_rows_and_what_the_test_says(text, parse):
     """NDCG@10 by hand: latest_2 puts each target three places lower than the base."""
-    report, rows = made_up(), Parsed(text).rows
+    report, rows = made_up(), parse(text).rows
     places = np.arange(USERS) % 8
     gains = np.append(1 / np.log2(np.arange(2, 12)), [0.0] * 10)
     base, few = gains[places].mean(), gains[places + 3].mean()
@@ -150,16 +99,16 @@ def test_every_variant_has_its_rows_and_what_the_test_says(text):
     assert ['prompts.history', '20', '2'] in rows
 
 
-def test_what_is_not_significant_stands_with_what_could_have_been_found():
+def test_what_is_not_significant_stands_with_what_could_have_been_found(parse):
     found = {'p_adjusted': 0.25, 'difference': 0.01, 'detectable': 0.034}
     told = study_page._verdict(False, True, found)
-    assert Parsed(told).words == 'not significant (p 0.2500)detectable: 0.0340'
+    assert parse(told).words == 'not significant (p 0.2500)detectable: 0.0340'
     better = found | {'p_adjusted': 0.05}
     assert study_page._verdict(False, True, better) == 'better (p 0.0500)'
     assert study_page._verdict(False, False, {}) == 'the base has no such system'
 
 
-def test_a_page_of_retrievers_alone_has_no_chart_of_costs():
+def test_a_page_of_retrievers_alone_has_no_chart_of_costs(parse):
     def alone(name, behind):
         run = outcome(name, behind).runs['llm']
         return study.Outcome(name, {'retriever': run}, dict.fromkeys(study.COSTS), {'data': 'd'})
@@ -178,21 +127,21 @@ def test_a_page_of_retrievers_alone_has_no_chart_of_costs():
         resamples=50,
         versions={},
     )
-    parsed = Parsed(study_page.build(report))
+    parsed = parse(study_page.build(report))
     assert 'Nothing was tuned.' in parsed.words
     assert 'figure' not in {tag for tag, _ in parsed.tags}
     assert ['2', 'other', '–', '–', '–'] in [row[:5] for row in parsed.rows]
 
 
 def test_marks_stand_where_their_values_are():
-    drawn = page.bar(0.2, (0.1, 0.35), (0.0, 0.4), 'llm', mark=0.3)
+    drawn = svg.bar(0.2, (0.1, 0.35), (0.0, 0.4), 'llm', mark=0.3)
     assert 'x1="25.00%" x2="87.50%"' in drawn
     assert '<svg x="50.00%"' in drawn
     assert 'class="mark" x1="75.00%" x2="75.00%"' in drawn
-    assert 'mark' not in page.bar(-0.1, (-0.2, 0.0), (-0.2, 0.2), 'fused')
+    assert 'mark' not in svg.bar(-0.1, (-0.2, 0.0), (-0.2, 0.2), 'fused')
     # From 52 to 384 for 0 to 200, from 254 down to 10 for 0 to 0.4.
-    points = [page.Point(1, 100.0, 0.2, (0.1, 0.4)), page.Point(2, 200.0, 0.1, (0.0, 0.2))]
-    chart = page.scatter(points, 'tokens', 'quality', 'llm')
+    points = [svg.Point(1, 100.0, 0.2, (0.1, 0.4)), svg.Point(2, 200.0, 0.1, (0.0, 0.2))]
+    chart = svg.scatter(points, 'tokens', 'quality', 'llm')
     assert '<circle cx="218.0" cy="132.0" r="9"/>' in chart
     assert '<line x1="384.0" x2="384.0" y1="254.0" y2="132.0"/>' in chart
 
@@ -209,120 +158,30 @@ def test_marks_stand_where_their_values_are():
     ],
 )
 def test_ticks_are_round_and_reach_the_highest_value(highest, expected):
-    assert page.ticks(highest) == expected
+    assert svg.ticks(highest) == expected
 
 
 # --- in a browser -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def browser():
-    """Chromium: that of the system, else the one that Playwright has installed."""
-    api = pytest.importorskip('playwright.sync_api', reason='needs playwright, extra "browser"')
-    path = shutil.which('chromium') or shutil.which('google-chrome')
-    with api.sync_playwright() as started:
-        try:
-            launched = started.chromium.launch(
-                executable_path=path, args=['--no-sandbox'] * (os.geteuid() == 0)
-            )
-        except api.Error as error:
-            pytest.skip(f'no Chromium to start: {str(error).splitlines()[0]}')
-        yield launched
-        launched.close()
-
-
-@pytest.fixture
-def shown(browser, text, tmp_path):
-    """(width, scheme) -> the page as it is shown there; at the end nothing has gone wrong."""
-    file, heard, contexts = tmp_path / 'report.html', [], []
-    file.write_text(text)
-
-    def show(width, scheme):
-        contexts.append(
-            browser.new_context(viewport={'width': width, 'height': 800}, color_scheme=scheme)
-        )
-        opened = contexts[-1].new_page()
-        opened.on('console', lambda message: heard.append(message.text))
-        opened.on('pageerror', lambda error: heard.append(str(error)))
-        opened.on('request', lambda request: heard.append(request.url))
-        opened.goto(file.as_uri())
-        assert heard.pop() == file.as_uri()
-        return opened
-
-    yield show
-    for context in contexts:
-        context.close()
-    assert heard == []
-
-
-# The size in pixels and the contrast (WCAG 2) of every text that is seen.
-TEXTS = """() => {
-  const light = (colour) => {
-    const part = (v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-    const [r, g, b] = colour.match(/[\\d.]+/g).map((v) => part(v / 255));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (e) => {
-    const circle = e.matches('text.on') && e.parentNode.querySelector('circle');
-    if (circle) return getComputedStyle(circle).fill;
-    for (; e; e = e.parentElement) {
-      const colour = getComputedStyle(e).backgroundColor;
-      if (colour !== 'rgba(0, 0, 0, 0)') return colour;
-    }
-  };
-  return [...document.querySelectorAll('body *')].filter((e) =>
-    [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())
-    && e.tagName !== 'title' && e.checkVisibility() && !e.matches('.skip')
-  ).map((e) => {
-    const style = getComputedStyle(e), svg = e.closest('svg');
-    const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
-    const [a, b] = [light(svg ? style.fill : style.color), light(behind(e))].sort((x, y) => y - x);
-    return [e.textContent.trim(), parseFloat(style.fontSize) * scale, (a + 0.05) / (b + 0.05)];
-  });
-}"""
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [400, 1400])
-def test_the_page_is_readable(width, scheme, shown):
-    """No sideways scrolling; no text is smaller than 10 pixels or of too little contrast."""
-    opened = shown(width, scheme)
-    assert opened.evaluate('document.documentElement.scrollWidth') == width
-    opened.evaluate('for (const d of document.querySelectorAll("details")) d.open = true')
-    assert opened.evaluate('document.documentElement.scrollWidth') == width
-    texts = opened.evaluate(TEXTS)
-    assert len(texts) > 200
-    assert [text for text in texts if text[1] < 10 or text[2] < 4.5] == []
-    dark = (
-        opened.evaluate('getComputedStyle(document.body).backgroundColor') != 'rgb(255, 255, 255)'
-    )
-    assert dark == (scheme == 'dark')
+def test_the_page_is_readable(width, scheme, check_readable):
+    opened = check_readable(width, scheme)
     assert opened.title() == 'Study: a<b & c'
 
 
-FOCUSED = """() => {
-  const e = document.activeElement, box = e.getBoundingClientRect();
-  return {
-    tag: e.tagName, text: e.textContent.trim(), outline: getComputedStyle(e).outlineStyle,
-    seen: box.width > 0 && box.bottom > 0 && box.top < innerHeight && box.right > 0,
-  };
-}"""
-
-
 @pytest.mark.browser
-def test_the_keyboard_alone_reaches_and_opens_everything(shown):
+def test_the_keyboard_alone_reaches_and_opens_everything(shown, press_tab):
     opened = shown(400, 'light')
-    reachable = opened.locator(':is(a, summary, [tabindex="0"]):visible').count()
     reached = []
-    for _ in range(reachable):
-        opened.keyboard.press('Tab')
-        reached.append(opened.evaluate(FOCUSED))
-        if reached[-1]['tag'] == 'SUMMARY' and reached[-1]['text'].startswith('latest'):
+    for place in press_tab(opened):
+        reached.append(place)
+        if place['tag'] == 'SUMMARY' and place['text'].startswith('latest'):
             opened.keyboard.press('Enter')
             assert opened.get_by_role('cell', name='20', exact=True).is_visible()
             opened.keyboard.press('Enter')  # its tables would be more to reach
-    assert [p for p in reached if not p['seen'] or p['outline'] == 'none'] == []
     assert reached[0]['text'] == 'To the results'
     summaries = [place['text'].split()[0] for place in reached if place['tag'] == 'SUMMARY']
     assert summaries[:5] == ['base', 'latest', 'same', 'broken', 'later']
