@@ -200,7 +200,7 @@ def _row(
 
 
 def _list_measures(run: Run, items: ItemFacts | None) -> tuple[float | None, ...]:
-    """Coverage, novelty and diversity; None without lists or without users."""
+    """Coverage, novelty and diversity; None without lists. Who is shown nothing does not count."""
     if run.lists is None:
         return None, None, None
     if items is None or run.lists.shape != (len(run.users), LENGTH):
@@ -208,9 +208,10 @@ def _list_measures(run: Run, items: ItemFacts | None) -> tuple[float | None, ...
             f"{run.system}: lists must be [U', {LENGTH}] and `items` given, found "
             f'{run.lists.shape}, {len(run.users)} users and items {type(items).__name__}'
         )
-    if not len(run.users):
-        return None, None, None
     lists = run.lists[np.argsort(run.users)]  # sums in one order of the users
+    lists = lists[(lists > 0).any(axis=1)]
+    if not len(lists):
+        return None, None, None
     return (
         coverage(lists, items.items),
         novelty(lists, items).mean(),

@@ -382,6 +382,16 @@ def test_lists_are_measured_in_every_row_that_has_them():
     ]
 
 
+def test_users_who_are_shown_nothing_count_in_no_list_measure():
+    """As those whose target was not retrieved and who were not scored."""
+    run = with_lists()
+    odd = (run.users % 2 == 1)[:, None]
+    some = replace(run, lists=np.where(odd, -1, run.lists))
+    nobody = replace(run, variant='nobody', lists=np.full_like(run.lists, -1))
+    rows = make_report([some, nobody], items=FACTS)['runs']
+    assert [[row[name] for name in LISTS] for row in rows] == [[2 / 40, 1.5, 1.0], [None] * 3]
+
+
 def test_e09_the_order_of_the_users_changes_no_list_measure():
     rng = np.random.default_rng(0)
     run = with_lists()
