@@ -170,6 +170,9 @@ def default_config() -> ConfigDict:
     # What is learned: sft (to write the answer, the paper's) | listwise (to score the targets above
     # the other candidates) | both (listwise, and the likelihood of the targets).
     config.finetune.objective = 'sft'
+    # Of the softmax over a list: scores are divided by it. Untuned log-likelihoods of titles lie
+    # many nats apart, and at 1 the first steps are spent on that.
+    config.finetune.temperature = 1.0
     config.finetune.steps = 200  # optimiser steps; more may be asked for later
     config.finetune.batch_size = 8  # rows a step, or lists
     config.finetune.accumulate = 1  # parts that a batch is run in, one after another: less memory
@@ -264,6 +267,7 @@ RANGES = {
     'mesh.fsdp': (-1, math.inf),
     'mesh.tensor': (-1, math.inf),
     'finetune.profile_at': (0, math.inf),
+    'finetune.temperature': (0.001, math.inf),
     'finetune.warmup': (0, math.inf),
     'finetune.weight_decay': (0, math.inf),
     'finetune.held_out': (0, math.inf),

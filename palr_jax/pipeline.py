@@ -228,6 +228,7 @@ def finetune(project: Project) -> None:
         config.model.remat,
         config.finetune.accumulate,
         config.finetune.objective,
+        config.finetune.temperature,
     )
 
     def losses(params: Any) -> np.ndarray:

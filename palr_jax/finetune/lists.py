@@ -174,8 +174,9 @@ def list_losses(params: Any, lists: Lists, program, key: jax.Array | None = None
     """[B] the loss of each list, in nats.
 
     `listwise`: the cross-entropy of the chosen candidates under the softmax of all scores, each
-    the log-likelihood of a candidate's answer. `both` adds the mean negative log-likelihood of a
-    token of the chosen answers, which `listwise` alone may give away: only differences count there.
+    the log-likelihood of a candidate's answer divided by the temperature. `both` adds the mean
+    negative log-likelihood of a token of the chosen answers, which `listwise` alone may give away:
+    only differences count there.
     """
     scores = one_pass_scores(
         params,
@@ -187,7 +188,7 @@ def list_losses(params: Any, lists: Lists, program, key: jax.Array | None = None
         key=key,
     )
     scores = jnp.where(lists.filled, scores, -jnp.inf)
-    shares = jnp.where(lists.filled, jax.nn.log_softmax(scores), 0.0)
+    shares = jnp.where(lists.filled, jax.nn.log_softmax(scores / program.temperature), 0.0)
     losses = -jnp.sum(lists.targets * shares, axis=1)
     if program.objective == 'both':
         known = jnp.where(lists.filled, scores, 0.0)

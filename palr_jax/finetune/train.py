@@ -73,6 +73,7 @@ class Program:
       remat: what the backward pass keeps of a layer, a name of `llama.model.REMAT`.
       parts: a batch is run in so many parts, whose gradients are summed.
       objective: 'sft', which learns from `Rows`; 'listwise' or 'both', which learn from `Lists`.
+      temperature: of the softmax over a list's scores.
     """
 
     model: LlamaConfig
@@ -81,6 +82,7 @@ class Program:
     remat: str = 'projections'
     parts: int = 1
     objective: str = 'sft'
+    temperature: float = 1.0
 
 
 def answer_log_likelihood(

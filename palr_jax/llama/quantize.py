@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from palr_jax.errors import InputError
-from palr_jax.llama.products import product
 
 Path = tuple[str, ...]  # of a leaf in the parameter tree
 
@@ -108,13 +107,16 @@ def dequantize(kernel: Quantized) -> jax.Array:
 
 
 def matmul(x: jax.Array, kernel: Quantized) -> jax.Array:
-    """x [..., in] @ one layer's kernel -> [..., out] in the type of x."""
+    """x [..., in] @ one layer's kernel -> [..., out] in the type of x.
+
+    Not by `products.product`, whose backward pass names the kernel: a mesh would then gather it
+    unpacked.
+    """
     if 'int8' in kernel:
         # bfloat16 holds every int8 exactly; the scale, which it would round, multiplies the sums.
-        y = product(x, kernel['int8'].astype(x.dtype))
+        y = x @ kernel['int8'].astype(x.dtype)
         return (y * kernel['scale'][0]).astype(x.dtype)
-    halves = [product(x, half.astype(x.dtype)) for half in _nf4_halves(kernel)]
-    return jnp.concatenate(halves, axis=-1)
+    return jnp.concatenate([x @ half.astype(x.dtype) for half in _nf4_halves(kernel)], axis=-1)
 
 
 def _nf4_halves(kernel: Quantized) -> list[jax.Array]:

@@ -68,7 +68,7 @@ def adapter():
     return jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), fresh)
 
 
-def naive_loss(params, choice, objective):
+def naive_loss(params, choice, objective, temperature):
     """Every candidate behind its whole prompt, one at a time, without packing or padding."""
     scores = []
     for answer in choice.query.candidates:
@@ -78,7 +78,7 @@ def naive_loss(params, choice, objective):
         scores.append(jnp.sum(each[len(choice.query.prompt) - 1 :]))
     scores = jnp.stack(scores)
     shares = choice.targets / choice.targets.sum()
-    loss = -jnp.sum(shares * jax.nn.log_softmax(scores))
+    loss = -jnp.sum(shares * jax.nn.log_softmax(scores / temperature))
     if objective == 'both':
         lengths = np.array([len(answer) for answer in choice.query.candidates])
         loss -= jnp.sum(shares * scores / lengths)
@@ -91,21 +91,23 @@ def batch_of(choices, users=None):
     return lay_out(choices, shape)
 
 
-@pytest.mark.parametrize('objective', ['listwise', 'both'])
-def test_losses_and_gradients_are_the_naive_ones(base, adapter, objective):
+@pytest.mark.parametrize(
+    ('objective', 'temperature'), [('listwise', 1.0), ('both', 1.0), ('both', 5.0)]
+)
+def test_losses_and_gradients_are_the_naive_ones(base, adapter, objective, temperature):
     """The gradient of the mean over lists, to 1e-5; two rows of the batch are padding."""
     choices = draw_choices(4)
-    program = Program(MODEL, SPEC, jnp.float32, objective=objective)
+    program = Program(MODEL, SPEC, jnp.float32, objective=objective, temperature=temperature)
     lists = batch_of(choices, users=6)
     assert lists.weights.tolist() == [1, 1, 1, 1, 0, 0]
     params = lora.join(adapter, base)
-    expected = [float(naive_loss(params, choice, objective)) for choice in choices]
+    expected = [float(naive_loss(params, choice, objective, temperature)) for choice in choices]
     found = jax.jit(functools.partial(list_losses, program=program))(params, lists)
     np.testing.assert_allclose(found[:4], expected, rtol=1e-5, atol=1e-5)
 
     def mean(adapter):
         params = lora.join(adapter, base)
-        return sum(naive_loss(params, choice, objective) for choice in choices) / 4
+        return sum(naive_loss(params, choice, objective, temperature) for choice in choices) / 4
 
     loss, gradient = jax.jit(functools.partial(loss_and_gradient, program=program))(
         adapter, base, lists
