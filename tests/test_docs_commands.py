@@ -33,14 +33,21 @@ for command in json.load(sys.stdin):
     child = os.fork()
     if not child:
         os.dup2(write, 1), os.dup2(write, 2)
-        if command[0] == '-m':
-            sys.argv = [*command[1:], '--only_check_args']
-            runpy.run_module(command[1], run_name='__main__', alter_sys=True)
-        else:
-            sys.argv, sys.path[0] = command, os.path.dirname(command[0])
-            argparse.ArgumentParser.parse_args = parse_alone
-            runpy.run_path(command[0], run_name='__main__')
-        os._exit(1)  # it did not stop after reading its arguments
+        status = 1  # of one that does not stop after reading its arguments
+        try:
+            if command[0] == '-m':
+                sys.argv = [*command[1:], '--only_check_args']
+                runpy.run_module(command[1], run_name='__main__', alter_sys=True)
+            else:
+                sys.argv, sys.path[0] = command, os.path.dirname(command[0])
+                argparse.ArgumentParser.parse_args = parse_alone
+                runpy.run_path(command[0], run_name='__main__')
+        except SystemExit as stop:
+            status = stop.code or 0
+        except BaseException as error:
+            print(repr(error))
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status if isinstance(status, int) else 1)  # the usual way out takes long
     os.close(write)
     with open(read) as output:
         told = output.read()

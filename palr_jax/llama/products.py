@@ -57,16 +57,17 @@ def _unit_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _unit_product_forward(x, kernel):
-    return checkpoint_name(dot(x, kernel, 0), PROJECTED), (x, kernel)
+    out = checkpoint_name(dot(x.value, kernel.value, 0), PROJECTED)
+    return out, (x.value if kernel.perturbed else None, kernel.value)
 
 
 def _unit_product_backward(kept, out_bar):
     x, kernel = kept
-    # Of a frozen kernel nobody reads the gradient, and none is computed.
-    return dot(out_bar, kernel, 1), jnp.einsum('btd,btf->df', x, out_bar)
+    kernel_bar = None if x is None else jnp.einsum('btd,btf->df', x, out_bar)
+    return dot(out_bar, kernel, 1), kernel_bar
 
 
-_unit_product.defvjp(_unit_product_forward, _unit_product_backward)
+_unit_product.defvjp(_unit_product_forward, _unit_product_backward, symbolic_zeros=True)
 
 
 @jax.custom_vjp
@@ -114,7 +115,8 @@ def _unit_einsum(pattern: str, left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _unit_einsum_forward(pattern, left, right):
-    return _unit_einsum(pattern, left, right), (left, right)
+    out = _unit_einsum(pattern, left.value, right.value)
+    return out, (left.value if right.perturbed else None, right.value)
 
 
 def _unit_einsum_backward(pattern, kept, out_bar):
@@ -122,11 +124,13 @@ def _unit_einsum_backward(pattern, kept, out_bar):
     factors, of_out = pattern.split('->')
     of_left, of_right = factors.split(',')
     left_bar = _unit_einsum(f'{of_out},{of_right}->{of_left}', out_bar, right)
+    if left is None:
+        return left_bar, None
     # A sum over the rows of both: a CPU's matrix units would have them transposed first.
     return left_bar, jnp.einsum(f'{of_out},{of_left}->{of_right}', out_bar, left)
 
 
-_unit_einsum.defvjp(_unit_einsum_forward, _unit_einsum_backward)
+_unit_einsum.defvjp(_unit_einsum_forward, _unit_einsum_backward, symbolic_zeros=True)
 
 
 def _passes(dtype: jnp.dtype) -> int | None:
