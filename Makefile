@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	rm -rf $(VENV)/programs
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VENV)/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE)"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(ELSEWHERE)"
 
 test-more: $(VENV)/installed
 	$(INSTALL) -e '.[test,torch,tpu_backend,browser]'
@@ -38,7 +38,7 @@ check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "$(ELSEWHERE) and not slow and not real_data"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(ELSEWHERE) and not slow and not real_data"
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

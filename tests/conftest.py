@@ -17,6 +17,18 @@ os.environ['XLA_FLAGS'] = (
     f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
 )
 
+# A file's tests share what they set up, so one worker runs them all. These take longest and begin
+# first, so that the workers end at about the same time.
+LONGEST = (
+    *('test_pipeline.py', 'test_sharded.py', 'test_ablate.py', 'test_lists.py', 'test_train.py'),
+    *('test_quantize.py', 'test_command.py', 'test_real_data.py', 'test_scale.py'),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope='session')
 def real_data() -> Path:

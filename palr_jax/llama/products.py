@@ -24,7 +24,6 @@ from jax.ad_checkpoint import checkpoint_name
 PROJECTED = 'projected'  # the results of `product`, for `llama.model.REMAT`
 PASSES = {'default': 1, 'high': 3}  # products of bfloat16 in place of one of float32
 
-
 Contract = Callable[[jax.Array, jax.Array], jax.Array]
 
 
