@@ -3,9 +3,9 @@
 Matrix units multiply bfloat16 and add up in float32. `model.matmul_precision` says what becomes of
 float32 factors: one product of their rounded values (`default`), three of their upper and lower
 halves (`high`, about 16 of 24 bits), or float32 throughout (`highest`). XLA does so on TPUs; on a
-CPU it multiplies in float32 whatever is asked, where one with matrix units (AMX) is six times as
-fast at bfloat16. So the halves are made here for CPUs. And a product of bfloat16 is asked for its
-float32 result and rounded in a step of its own: asked for bfloat16, XLA's CPU backend would
+CPU it multiplies in float32 whatever is asked, where one with matrix units (AMX) is five to six
+times as fast at bfloat16. So the halves are made here for CPUs. And a product of bfloat16 is asked
+for its float32 result and rounded in a step of its own: asked for bfloat16, XLA's CPU backend would
 convert both factors to float32 first.
 
 Which form it is, is chosen when a program is lowered: a program for TPUs can be made on a machine
