@@ -13,7 +13,6 @@ the validation users.
 """
 
 import argparse
-import functools
 import runpy
 import shutil
 from pathlib import Path
@@ -31,37 +30,45 @@ from palr_jax.ranking.fuse import choose_weight, fuse
 from palr_jax.ranking.users import Scores, read_scores
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
-NORMALIZATIONS = ('sum', 'token', 'byte', 'prior')
 BASE = ('data', 'retrieval')
 
 
 def ml100k() -> ConfigDict:
     config = default_config()
     config.retrieval.systems = ('sequence', 'covisitation')
-    config.tasks.users = 0.5
-    config.tasks.candidates_from = 'retriever'
-    config.tasks.folds = 2
-    config.finetune.decay_steps = config.finetune.steps = 120
-    config.ranking.users = 400
-    config.ranking.valid_users = 300
+    config.tasks.users = 0.8
+    config.tasks.folds = 5
+    config.tasks.examples_per_user = 40
+    config.finetune.decay_steps = config.finetune.steps = 250
     return config
 
 
-def strong(name: str) -> ConfigDict:
-    """The data set's strong retriever, lists of co-visitation, and a history of ten items."""
-    config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('strong')
-    config.tasks.candidates_from = 'covisitation'
-    config.tasks.users = 0.1
-    config.finetune.decay_steps = config.finetune.steps = 240
-    config.ranking.users = 1000
-    config.ranking.valid_users = 600
+def ml1m() -> ConfigDict:
+    """The strong retriever, and for the lists of training two of a third of its epochs."""
+    config = runpy.run_path(str(CONFIGS / 'ml1m.py'))['get_config']('strong')
+    config.tasks.users = 0.5
+    config.tasks.folds = 2
+    config.tasks.retriever_epochs = 8
+    config.tasks.examples_per_user = 20
+    config.finetune.decay_steps = config.finetune.steps = 500
+    return config
+
+
+def beauty() -> ConfigDict:
+    config = runpy.run_path(str(CONFIGS / 'beauty.py'))['get_config']('strong')
+    config.prompts.item = 'title'  # an id costs as many tokens and says nothing
+    config.prompts.title_words = 16
+    config.tasks.users = 0.9
+    config.tasks.folds = 2
+    config.tasks.examples_per_user = 20
+    config.finetune.decay_steps = config.finetune.steps = 400
     return config
 
 
 DATA = {
     'ml100k': ml100k,
-    'ml1m': functools.partial(strong, 'ml1m'),
-    'beauty': functools.partial(strong, 'beauty'),
+    'ml1m': ml1m,
+    'beauty': beauty,
 }
 # Name: (what is learned, how it ranks, how an answer reads)
 VARIANTS = {
@@ -79,27 +86,26 @@ VARIANTS = {
 
 def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> ConfigDict:
     config = base.copy_and_resolve_references()
-    config.prompts.update({'history': 10, 'answer': answer})
-    # One pass keeps two cores busy with one user; writing reads all weights for every token.
-    batch_size = 8 if mode == 'generate' else 1
+    config.prompts.update({'history': 20, 'answer': answer})
     config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True})
-    config.ranking.batch_size = batch_size
-    config.ranking.normalize = 'sum' if mode == 'index' else 'prior'
-    config.lora.update({'rank': 16, 'alpha': 32.0})
+    config.ranking.update({'valid_users': 0, 'batch_size': 32, 'max_shapes': 2})
+    # What `listwise` trains is the sum itself.
+    config.ranking.normalize = 'sum' if mode == 'index' or learned == 'listwise' else 'prior'
     config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
-    config.finetune.held_out = 32
-    config.finetune.checkpoint_every = 10
+    config.finetune.update({'learning_rate': 1e-3, 'warmup': 20, 'checkpoint_every': 100})
+    config.finetune.update({'batch_size': 32, 'max_shapes': 2, 'held_out': 64})
     if learned is None:
         config.stages = (*BASE, 'ranking', 'report')
-    elif learned == 'sft':  # the paper's examples, a row each: about four a batch
-        config.finetune.update({'batch_size': 2, 'pack': False})
+    elif learned == 'sft':
         config.tasks.recommend_retrieval = 1.0 if mode == 'index' else 0.5
+        config.tasks.examples_per_user = 10
+        config.finetune.batch_size = 16
     else:
-        config.finetune.batch_size = 4
         config.finetune.objective = learned
-        config.tasks.recommend_retrieval = 1.0
-    if config.finetune.objective == 'sft':
-        config.tasks.candidates_from = 'similar'
+        config.finetune.temperature = 1.0 if mode == 'index' else 2.0
+        # The next item alone, as the ranking asks for it.
+        config.tasks.update({'recommend_retrieval': 1.0, 'candidates_from': 'retriever'})
+        config.tasks.update({'targets': 1, 'enrich': False, 'swap': 0.0})
     return config
 
 
@@ -115,6 +121,11 @@ def run_variant(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
             copy(path, folder / 'ranking' / path.name)
         if mode == 'generate':  # the same model writes that was asked for likelihoods
             copy(workdir / f'{learned}-title' / 'finetune', folder / 'finetune')
+    if learned == 'listwise':  # all learn from the same lists
+        lists = Path('finetune') / 'candidates.npz'
+        for other in (workdir / other / lists for other in VARIANTS):
+            if other.exists():
+                copy(other, folder / lists)
     return pipeline.run(configure(base, learned, mode, answer), folder)
 
 
@@ -137,7 +148,8 @@ def normalizations(name: str, base: ConfigDict, workdir: Path) -> list[Run]:
     learned, mode, answer = VARIANTS[name]
     project = Project(configure(base, learned, mode, answer), workdir / name)
     system = 'llm' if learned else 'llm_zero_shot'
-    parts = {part: sums_and_prior(project, system, part) for part in ('valid', 'test')}
+    valid, test = (read_scores(project.scores_path(system, part)) for part in ('valid', 'test'))
+    in_valid, in_test = (by_normalization(project, system, part) for part in ('valid', 'test'))
     users = ranked_users(project, 'test')
     about = {
         'user_set': evaluation.sampled(users, project.config.seed),
@@ -145,15 +157,10 @@ def normalizations(name: str, base: ConfigDict, workdir: Path) -> list[Run]:
         'objective': learned,
     }
     rows = []
-    for how in NORMALIZATIONS:
-        scores = {
-            part: (s.less(prior) if how == 'prior' else s).normalized(how)
-            for part, (s, prior) in parts.items()
-        }
-        weight, _ = weigh(project, parts['valid'][0], scores['valid'])
-        test = parts['test'][0]
-        fused = fuse(retriever_scores(project, test, 'test'), scores['test'], weight)
-        for kind, found in ((system, scores['test']), ('fused', fused)):
+    for how, alone in in_test.items():
+        weight, _ = weigh(project, valid, in_valid[how])
+        fused = fuse(retriever_scores(project, test, 'test'), alone, weight)
+        for kind, found in ((system, alone), ('fused', fused)):
             targets = project.dataset.split.targets('test')[test.users]
             ranks = rank_targets(test.items, found, targets, test.users)
             ranks = ranks.spread(np.searchsorted(users, test.users), len(users))
@@ -162,9 +169,14 @@ def normalizations(name: str, base: ConfigDict, workdir: Path) -> list[Run]:
     return rows
 
 
-def sums_and_prior(project: Project, system: str, part: str) -> tuple[Scores, Scores]:
-    paths = project.scores_path(system, part), project.prior_path(system, part)
-    return read_scores(paths[0]), read_scores(paths[1])
+def by_normalization(project: Project, system: str, part: str) -> dict[str, np.ndarray]:
+    """The scores [U', C] in every normalisation; that by the prior only where it was asked."""
+    sums = read_scores(project.scores_path(system, part))
+    scores = {how: sums.normalized(how) for how in ('sum', 'token', 'byte')}
+    prior = project.prior_path(system, part)
+    if prior.exists():
+        scores['prior'] = sums.less(read_scores(prior)).normalized('prior')
+    return scores
 
 
 def weigh(project: Project, valid: Scores, scores: np.ndarray) -> tuple[float, dict]:
@@ -205,6 +217,7 @@ def title_report(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', choices=DATA, required=True)
+    parser.add_argument('--path', help='config.data.path, where it is not to be fetched')
     parser.add_argument('--workdir', type=Path, required=True, help='of all runs')
     parser.add_argument('--out', type=Path, required=True, help='JSON file of the result')
     parser.add_argument('--variants', default=','.join(VARIANTS), help='which, in this order')
@@ -213,6 +226,9 @@ def main() -> None:
     logging.set_verbosity(logging.INFO)
 
     base = DATA[arguments.data]()
+    base.model.update({'dtype': 'bfloat16', 'matmul_precision': 'default'})
+    if arguments.path:
+        base.data.path = arguments.path
     first = base.copy_and_resolve_references()
     first.stages = BASE
     pipeline.run(first, arguments.workdir / 'base')

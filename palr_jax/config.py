@@ -138,6 +138,9 @@ def default_config() -> ConfigDict:
     config.prompts.item = 'title'
     # title | title_no_year | id_title | index: candidates are numbered and answered by number
     config.prompts.answer = 'title'
+    # Words of a title in prompts and answers, at most; 0 is all. Of Amazon's a few in a hundred are
+    # ten times as long as the others, and prompts of like length are computed together.
+    config.prompts.title_words = 0
     config.prompts.profile = 'counts'  # none | counts | llm (the base model names two keywords)
     config.prompts.profile_history = 20  # latest items that the LLM reads for a profile
     config.prompts.profile_normalize = 'sum'  # scores of its keywords: sum | token | byte
@@ -159,6 +162,7 @@ def default_config() -> ConfigDict:
     # covisitation (the same, by co-visitation in place of retrieval.systems: fitted in seconds)
     config.tasks.candidates_from = 'similar'
     config.tasks.folds = 1  # of the users who give examples; each has a retriever without them
+    config.tasks.retriever_epochs = 0  # of their training, at most; 0 is retrieval.epochs
     config.tasks.targets_at = 'shuffled'  # where targets stand in the list: shuffled | first | last
     config.tasks.targets = 10  # at most
     config.tasks.negatives_by_genre = 0.5  # share of the negatives; the rest by co-visitation
@@ -260,9 +264,11 @@ RANGES = {
     'lora.dropout': (0, 0.95),
     'tasks.users': (0, 1),
     'tasks.recommend_retrieval': (0, 1),
+    'tasks.retriever_epochs': (0, math.inf),
     'tasks.negatives_by_genre': (0, 1),
     'tasks.swap': (0, 1),
     'prompts.history': (0, math.inf),
+    'prompts.title_words': (0, math.inf),
     'mesh.data': (-1, math.inf),
     'mesh.fsdp': (-1, math.inf),
     'mesh.tensor': (-1, math.inf),

@@ -100,6 +100,7 @@ class Project:
         if folders is None and workdir is not None:
             folders = stage_folders(workdir)
         self._folders = folders
+        self._scorers: dict[lora.LoraSpec | None, Callable[[Any, Batch], jax.Array]] = {}
 
     def folder(self, stage: str) -> epath.Path:
         """Where a stage is written; where there is none of it, a folder that does not exist."""
@@ -188,6 +189,7 @@ class Project:
             prompts.answer,
             prompts.history_order,
             self.config.seed,
+            prompts.title_words,
         )
 
     def profiles(self, histories: Sequence[Sequence[int]]) -> list[tuple[str, ...]]:
@@ -216,7 +218,7 @@ class Project:
         config = self.config.ranking
         with jax.default_matmul_precision(self.config.model.matmul_precision):
             yield from score_queries(
-                self._base_scorer,
+                self.scorer(None),
                 self.base,
                 queries,
                 batch_size=config.batch_size,
@@ -225,14 +227,12 @@ class Project:
                 max_positions=self.checkpoint.config.max_positions,
             )
 
-    @functools.cached_property
-    def _base_scorer(self) -> Callable[[Any, Batch], jax.Array]:
-        return self.scorer(None)
-
     def scorer(self, spec: lora.LoraSpec | None) -> Callable[[Any, Batch], jax.Array]:
-        """The ranking program of the model, with an adapter of this shape."""
-        dtype = jnp.dtype(self.config.model.dtype)
-        return make_scorer(self.checkpoint.config, spec, dtype, self.mesh)
+        """The ranking program of the model, with an adapter of this shape; compiled once."""
+        if spec not in self._scorers:
+            dtype = jnp.dtype(self.config.model.dtype)
+            self._scorers[spec] = make_scorer(self.checkpoint.config, spec, dtype, self.mesh)
+        return self._scorers[spec]
 
     @property
     def texts(self) -> retrieval.Texts:

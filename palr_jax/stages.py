@@ -51,6 +51,11 @@ NEEDS = {
 }
 STAGES = tuple(DEPENDS)
 STEPS = 'finetune.steps'
+# What the retrieval reads of prompts when it has the base model read texts: all but these.
+UNREAD = {
+    *('prompts.history', 'prompts.history_order', 'prompts.answer'),
+    *('prompts.candidates', 'prompts.candidate_order'),
+}
 # Fields that change where and how fast the same numbers are computed, to rounding.
 LAYOUT = {
     *('model.remat', 'finetune.accumulate', 'finetune.profile_at', 'finetune.profile_steps'),
@@ -264,6 +269,7 @@ def training_retrieval(config: ConfigDict) -> ConfigDict | None:
     settings = config.retrieval.copy_and_resolve_references()
     if config.tasks.candidates_from == 'covisitation':
         settings.systems = ('covisitation',)
+    settings.epochs = config.tasks.retriever_epochs or settings.epochs
     return settings
 
 
@@ -279,7 +285,8 @@ def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
             part[name] = value
     if stage == 'finetune' and (settings := training_retrieval(config)) is not None:
         part |= flatten(settings, 'retrieval.')
-    return {field: value for field, value in part.items() if field not in LAYOUT}
+    unread = LAYOUT | UNREAD if stage == 'retrieval' else LAYOUT
+    return {field: value for field, value in part.items() if field not in unread}
 
 
 def flatten(config: ConfigDict, prefix: str = '') -> dict[str, Any]:

@@ -13,6 +13,7 @@ from palr_jax.stages import (
     flatten,
     has_stage,
     stage_folders,
+    training_retrieval,
 )
 
 
@@ -43,6 +44,25 @@ def test_lists_of_co_visitation_do_not_depend_on_which_retriever_there_is():
     assert config_part(config, 'finetune') == before
     config.tasks.candidates_from = 'retriever'
     assert config_part(config, 'finetune') != before
+
+
+def test_retrievers_of_training_lists_have_a_length_of_their_own():
+    config = default_config()
+    config.tasks.candidates_from = 'retriever'
+    assert training_retrieval(config).epochs == config.retrieval.epochs
+    config.tasks.retriever_epochs = 7
+    assert training_retrieval(config).epochs == 7
+    assert config.retrieval.epochs != 7
+
+
+def test_a_retriever_that_reads_texts_does_not_depend_on_how_the_ranking_asks():
+    config = default_config()
+    config.retrieval.systems = ('profile',)
+    before = config_part(config, 'retrieval')
+    config.prompts.history, config.prompts.candidate_order = 3, 'retriever'
+    assert config_part(config, 'retrieval') == before
+    config.prompts.profile = 'llm'
+    assert config_part(config, 'retrieval') != before
 
 
 @pytest.mark.parametrize('stages', [STAGES, ('data', 'retrieval', 'ranking', 'report')])

@@ -356,9 +356,7 @@ def answer_losses(
         return np.zeros(0, np.float32)
     length = min(row_length, max(len(e.tokens) for e in examples))
     answers = max(len(e.tokens) - e.answer for e in examples)
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    score = functools.partial(answer_log_likelihood, program=program)
-    score = jax.jit(score, out_shardings=whole)
+    score = _measure(answer_log_likelihood, program, mesh)
     size = 1 if mesh is None else row_shards(mesh)
     losses = np.empty(len(examples), np.float32)
     with using(mesh), Progress('held-out loss', len(examples), 'examples') as progress:
@@ -379,8 +377,7 @@ def choice_losses(
     params: Params, program: Program, choices: Sequence[Choice], mesh: Mesh | None = None
 ) -> np.ndarray:
     """[lists] the loss of each list, in nats; no value depends on what else is measured."""
-    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    score = jax.jit(functools.partial(list_losses, program=program), out_shardings=whole)
+    score = _measure(list_losses, program, mesh)
     size = 1 if mesh is None else row_shards(mesh)
     losses = np.empty(len(choices), np.float32)
     queries = [choice.query for choice in choices]
@@ -391,3 +388,11 @@ def choice_losses(
             losses[members] = np.asarray(score(params, shard_rows(lists, mesh)))[: len(members)]
             progress.update(len(members))
     return losses
+
+
+@functools.cache  # before and after training it is the same program
+def _measure(
+    losses: Callable[..., jax.Array], program: Program, mesh: Mesh | None
+) -> Callable[[Params, Batch], jax.Array]:
+    whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    return jax.jit(functools.partial(losses, program=program), out_shardings=whole)

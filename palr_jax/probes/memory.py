@@ -151,6 +151,7 @@ def make_encoder(encoder: Encoder, config) -> Encoder:
         prompts.length,
         prompts.item,
         prompts.answer,
+        title_words=prompts.title_words,
     )
 
 

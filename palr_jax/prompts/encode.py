@@ -8,7 +8,7 @@ no item's text is the beginning of another's, so `Alien` has no head start over 
 
 An item is shown by its title with or without the year, or by its raw id and title, which tells
 items of one title apart; answers have a form of their own, as the tokens of an id would outweigh
-those of a title in a score.
+those of a title in a score. Long titles may be cut to their first words.
 Or candidates are numbered, and an answer is a number and the full stop after it, which tells 1 from
 the beginning of 12.
 
@@ -79,6 +79,7 @@ class Encoder:
         answer: str = 'title',
         history_order: str = 'oldest_first',
         seed: int = 0,
+        title_words: int = 0,
     ):
         """The encoder of one kind of prompt.
 
@@ -92,6 +93,7 @@ class Encoder:
           answer: how answers do, or 'index': by its number in the candidate list.
           history_order: one of ORDERS; prompts for a profile show the oldest first.
           seed: of the shuffled order, which depends on the items shown besides.
+          title_words: of a title, at most; 0 is all.
 
         Raises:
           InputError: there is no such style, or the tokenizer lacks the control tokens of it.
@@ -112,6 +114,7 @@ class Encoder:
         self._style = STYLES[style]
         self.numbered = answer == 'index'
         self._order, self._seed = history_order, seed
+        self._title_words = title_words
         self._forms = {'item': item, 'reply': item if self.numbered else answer}
         # Caches of this encoder alone: a cache on the class would keep every encoder alive.
         self._literal = functools.cache(self._encode_literal)
@@ -237,10 +240,11 @@ class Encoder:
         if not 1 <= item <= self.catalogue.items:
             raise ValueError(f'item {item}: allowed are 1 to {self.catalogue.items}.')
         text = self.catalogue.titles[item]
-        if form == 'id_title':
-            text = f'{self.catalogue.raw_ids[item]} ({text})'
         if form == 'title_no_year':
             text = without_year(text, self.catalogue.years[item])
+        text = ' '.join(text.split()[: self._title_words or None])
+        if form == 'id_title':
+            text = f'{self.catalogue.raw_ids[item]} ({text})'
         # A quote inside a title would look like the quote that ends it.
         return '"' + _one_line(text).replace('"', "'") + '"'
 

@@ -533,3 +533,16 @@ def test_items_read_and_are_answered_without_their_years():
     )
     assert shown(encoder, encoder.prompt('recommend', [1, 2])) == ['"Heat"', '"Alien"']
     assert encoder.reply_text(2) == '"Alien"'
+
+
+def test_long_titles_are_cut_to_their_first_words():
+    titles = ('', 'Heat (1995)', 'A  very long\ntitle of six words')
+    items = Catalogue(('', 'a', 'b'), titles, (None, 1995, None), ((),) * 3)
+    forms = {'item': 'id_title', 'answer': 'title', 'title_words': 4}
+    encoder = Encoder(
+        items, TOKENIZERS['byte_level'], load_template('movies'), 'plain', 999, **forms
+    )
+    assert encoder.item_text(1) == '"a (Heat (1995))"'
+    assert encoder.item_text(2) == '"b (A very long title)"'
+    assert encoder.reply_text(2) == '"A very long title"'
+    assert TOKENIZERS['byte_level'].decode(encoder.reply(2)) == encoder.reply_text(2)
