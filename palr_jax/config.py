@@ -177,6 +177,9 @@ def default_config() -> ConfigDict:
     # Of the softmax over a list: scores are divided by it. Untuned log-likelihoods of titles lie
     # many nats apart, and at 1 the first steps are spent on that.
     config.finetune.temperature = 1.0
+    # Added to the softmax over a list: so many times the score of the retriever that found it,
+    # standardised over the list. Above 0 the LLM learns what the retriever does not know.
+    config.finetune.retriever_weight = 0.0
     config.finetune.steps = 200  # optimiser steps; more may be asked for later
     config.finetune.batch_size = 8  # rows a step, or lists
     config.finetune.accumulate = 1  # parts that a batch is run in, one after another: less memory
@@ -274,6 +277,7 @@ RANGES = {
     'mesh.tensor': (-1, math.inf),
     'finetune.profile_at': (0, math.inf),
     'finetune.temperature': (0.001, math.inf),
+    'finetune.retriever_weight': (0, math.inf),
     'finetune.warmup': (0, math.inf),
     'finetune.weight_decay': (0, math.inf),
     'finetune.held_out': (0, math.inf),
@@ -396,6 +400,12 @@ def _check_together(config: ConfigDict) -> None:
             ('tasks.candidates_from', 'tasks.targets_at', 'prompts.candidates'),
             'retrieved candidates are listed as prompts.candidate_order says',
             "config.tasks.targets_at='shuffled' and config.prompts.candidates=True",
+        ),
+        (
+            config.finetune.retriever_weight > 0 and not (lists and retrieved),
+            ('finetune.retriever_weight', 'finetune.objective', 'tasks.candidates_from'),
+            'a retriever scores the lists that it found, where lists are learned',
+            'a weight of 0, or lists of a retriever',
         ),
         (
             retrieved and config.tasks.candidates > config.retrieval.candidates,

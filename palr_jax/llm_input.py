@@ -1,6 +1,7 @@
 """What the LLM reads: the examples of fine-tuning and the queries of the ranking."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,7 +86,7 @@ def retrieve_for_training(project: Project, examples: Sequence[Example]) -> None
         material, users, pasts, config.tasks.folds, config.tasks.candidates
     )
     cuts = np.array([len(past) for past in pasts])
-    storage.write_arrays(path, users=users, cuts=cuts, items=found.items)
+    storage.write_arrays(path, users=users, cuts=cuts, items=found.items, scores=found.scores)
 
 
 def with_retrieved(project: Project, examples: Sequence[Example]) -> list[Example]:
@@ -108,6 +109,7 @@ def with_retrieved(project: Project, examples: Sequence[Example]) -> list[Exampl
     return relist(
         examples,
         stored['items'][found],
+        stored['scores'][found],
         project.dataset.split,
         config.tasks,
         order=config.prompts.candidate_order,
@@ -129,10 +131,12 @@ def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
 
 def encode_examples(project: Project, examples: Sequence[Example]) -> list[Tokens] | list[Choice]:
     """The examples as tokens, or as lists where the objective is one of lists."""
-    config = project.config
-    encode = encode_example if config.finetune.objective == 'sft' else encode_choice
+    config = project.config.finetune
+    encode = encode_example
+    if config.objective != 'sft':
+        encode = functools.partial(encode_choice, retriever_weight=config.retriever_weight)
     return [
-        encode(example, project.encoder, profile, config.finetune.length)
+        encode(example, project.encoder, profile, config.length)
         for example, profile in zip(examples, example_profiles(project, examples))
     ]
 

@@ -134,6 +134,7 @@ def test_candidates_in_training_alone_are_refused():
             'config.tasks.recommend_retrieval=1',
         ),
         ({'finetune.objective': 'listwise'}, 'config.tasks.recommend_retrieval=1'),
+        ({'finetune.retriever_weight': 1.0}, 'a weight of 0, or lists of a retriever'),
         ({'tasks.candidates_from': 'retriever'}, 'config.tasks.recommend_retrieval=1'),
         ({'tasks.candidates_from': 'covisitation'}, 'config.tasks.recommend_retrieval=1'),
         ({'prompts.candidate_order': 'retriever'}, "config.tasks.candidates_from='retriever'"),

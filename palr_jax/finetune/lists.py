@@ -27,6 +27,7 @@ from palr_jax.finetune.input import plan_steps
 from palr_jax.parallel.mesh import own_rows
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.tasks import Example
+from palr_jax.ranking.fuse import standardize
 from palr_jax.ranking.score import (
     Batch,
     Query,
@@ -47,10 +48,12 @@ class Choice:
     Attributes:
       query: the prompt and the answers of the candidates, in the order listed.
       targets: [C] bool, the chosen candidates; at least one.
+      offsets: [C] float32, what is added to their scores, as told by the retriever.
     """
 
     query: Query
     targets: np.ndarray
+    offsets: np.ndarray
 
     @property
     def tokens(self) -> int:
@@ -66,6 +69,7 @@ class Lists:
       batch: for the one-pass program.
       filled: [B, C] bool, False on padding.
       targets: [B, C] float32, the shares of the chosen candidates, which sum to 1 in each row.
+      offsets: [B, C] float32, of `Choice`; 0 on padding.
       lengths: [B, C] float32, answer tokens; 1 on padding.
       weights: [B] float32, 1 for a list, 0 for padding.
     """
@@ -73,12 +77,17 @@ class Lists:
     batch: Batch
     filled: np.ndarray
     targets: np.ndarray
+    offsets: np.ndarray
     lengths: np.ndarray
     weights: np.ndarray
 
 
 def encode_choice(
-    example: Example, encoder: Encoder, profile: Sequence[str], length: int
+    example: Example,
+    encoder: Encoder,
+    profile: Sequence[str],
+    length: int,
+    retriever_weight: float = 0.0,
 ) -> Choice:
     """Encodes prompt and candidates; prompt and the longest answer keep to `length` tokens.
 
@@ -87,6 +96,8 @@ def encode_choice(
       encoder: of the catalogue that the example is of; its own length limits the prompt too.
       profile: keywords of `example.past`, empty for a prompt without them.
       length: tokens allowed.
+      retriever_weight: of the retriever's standardised scores in the offsets; above 0 only where
+        the example has them.
 
     Raises:
       InputError: the wording and the candidates alone are longer.
@@ -100,7 +111,11 @@ def encode_choice(
         example.candidates,
         max_length=min(length - longest, encoder.max_length),
     )
-    return Choice(Query(prompt.tokens, answers), np.isin(example.candidates, example.targets))
+    offsets = np.zeros(len(answers), np.float32)
+    if retriever_weight:
+        offsets += retriever_weight * standardize(np.array([example.scores]))[0]
+    targets = np.isin(example.candidates, example.targets)
+    return Choice(Query(prompt.tokens, answers), targets, offsets)
 
 
 class ListBatches:
@@ -158,25 +173,28 @@ def lay_out(choices: Sequence[Choice], shape: Shape) -> Lists:
     """One batch in `shape`; missing lists are padding."""
     B, C = shape.users, shape.candidates
     filled, targets = np.zeros((B, C), bool), np.zeros((B, C), np.float32)
-    lengths, weights = np.ones((B, C), np.float32), np.zeros(B, np.float32)
+    offsets, lengths = np.zeros((B, C), np.float32), np.ones((B, C), np.float32)
+    weights = np.zeros(B, np.float32)
     for b in range(B):
         choice = choices[b] if b < len(choices) else choices[0]
         count = len(choice.targets)
         filled[b, :count] = True
         targets[b, :count] = choice.targets / choice.targets.sum()
+        offsets[b, :count] = choice.offsets
         lengths[b, :count] = [len(answer) for answer in choice.query.candidates]
         weights[b] = b < len(choices)
     batch = make_batch([choice.query for choice in choices], shape)
-    return Lists(batch, filled, targets, lengths, weights)
+    return Lists(batch, filled, targets, offsets, lengths, weights)
 
 
 def list_losses(params: Any, lists: Lists, program, key: jax.Array | None = None) -> jax.Array:
     """[B] the loss of each list, in nats.
 
     `listwise`: the cross-entropy of the chosen candidates under the softmax of all scores, each
-    the log-likelihood of a candidate's answer divided by the temperature. `both` adds the mean
-    negative log-likelihood of a token of the chosen answers, which `listwise` alone may give away:
-    only differences count there.
+    the log-likelihood of a candidate's answer divided by the temperature, plus its offset: the
+    gradient is of what the offsets leave unexplained, as in boosting (Friedman, 2001). `both` adds
+    the mean negative log-likelihood of a token of the chosen answers, which `listwise` alone may
+    give away: only differences count there.
     """
     scores = one_pass_scores(
         params,
@@ -187,8 +205,8 @@ def list_losses(params: Any, lists: Lists, program, key: jax.Array | None = None
         remat=program.remat,
         key=key,
     )
-    scores = jnp.where(lists.filled, scores, -jnp.inf)
-    shares = jnp.where(lists.filled, jax.nn.log_softmax(scores / program.temperature), 0.0)
+    logits = jnp.where(lists.filled, scores / program.temperature + lists.offsets, -jnp.inf)
+    shares = jnp.where(lists.filled, jax.nn.log_softmax(logits), 0.0)
     losses = -jnp.sum(lists.targets * shares, axis=1)
     if program.objective == 'both':
         known = jnp.where(lists.filled, scores, 0.0)

@@ -32,6 +32,7 @@ class Example:
       candidates: in the order shown; empty for 'recommend'.
       targets: the answer: the user's items in their order, then those that enrich it; all of them
         are among the candidates where there are any.
+      scores: what the retriever said of each candidate; empty where none retrieved them.
     """
 
     user: int
@@ -40,6 +41,7 @@ class Example:
     history: tuple[int, ...]
     candidates: tuple[int, ...]
     targets: tuple[int, ...]
+    scores: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +136,7 @@ def make_examples(
 def relist(
     examples: Sequence[Example],
     retrieved: np.ndarray,
+    scores: np.ndarray,
     split: Split,
     config,
     *,
@@ -148,24 +151,30 @@ def relist(
     Args:
       examples: of the task recommend_retrieval.
       retrieved: [examples, k] item ids, best first, -1 in unfilled slots; nothing of the past.
+      scores: [examples, k] their scores.
       split: the histories.
       config: `config.tasks`.
       order: of the candidates, as in `prompts.candidate_order`.
       seed: of the shuffled order.
     """
     relisted = []
-    for example, row in zip(examples, retrieved):
+    for example, row, of_row in zip(examples, retrieved, scores):
         cut = len(example.past)
-        candidates = row[row >= 0]
+        candidates, said = row[row >= 0], of_row[row >= 0]
         coming = split.train(example.user)[cut : cut + config.targets]
         targets = coming[np.isin(coming, candidates)]
         if not len(targets):
             continue
         if order == 'shuffled':
-            candidates = np.random.default_rng([seed, 8, example.user, cut]).permutation(candidates)
+            rng = np.random.default_rng([seed, 8, example.user, cut])
+            places = rng.permutation(len(candidates))
+            candidates, said = candidates[places], said[places]
         relisted.append(
             dataclasses.replace(
-                example, candidates=tuple(candidates.tolist()), targets=tuple(targets.tolist())
+                example,
+                candidates=tuple(candidates.tolist()),
+                targets=tuple(targets.tolist()),
+                scores=tuple(said.tolist()),
             )
         )
     return relisted

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
-from palr_jax.finetune.lists import Choice, ListBatches, lay_out, list_losses
+from palr_jax.finetune.lists import Choice, ListBatches, encode_choice, lay_out, list_losses
 from palr_jax.finetune.throughput import Work
 from palr_jax.finetune.train import Program, choice_losses, loss_and_gradient, train
 from palr_jax.llama import lora
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.llama.model import apply_logits
+from palr_jax.prompts.encode import Encoder
+from palr_jax.prompts.tasks import Example
+from palr_jax.prompts.template import load_template
 from palr_jax.ranking.score import Query, plan_groups
-from palr_jax.testing.llama import random_params, tiny_config
+from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer
 
 VOCABULARY = 37
 MODEL = tiny_config(vocab_size=VOCABULARY)
@@ -52,7 +56,7 @@ def draw_choices(number=7, seed=0):
         )
         targets = np.zeros(count, bool)
         targets[rng.permutation(count)[: 1 + (i % 2 and count > 2)]] = True
-        choices.append(Choice(query, targets))
+        choices.append(Choice(query, targets, rng.standard_normal(count).astype(np.float32)))
     return choices
 
 
@@ -89,7 +93,7 @@ def naive_losses(params, choices, objective, temperature):
     for choice in choices:
         own = jnp.stack([scores.pop(0) for _ in choice.query.candidates])
         shares = choice.targets / choice.targets.sum()
-        loss = -jnp.sum(shares * jax.nn.log_softmax(own / temperature))
+        loss = -jnp.sum(shares * jax.nn.log_softmax(own / temperature + choice.offsets))
         if objective == 'both':
             lengths = np.array([len(answer) for answer in choice.query.candidates])
             loss -= jnp.sum(shares * own / lengths)
@@ -184,8 +188,8 @@ def test_the_work_of_a_batch_by_hand():
     """Prompts of 3 and 2; answers of 3 and 1, and of 2: inputs 2 + 0, and 1; one is padding."""
     tokens = np.arange(9, dtype=np.int32)
     choices = [
-        Choice(Query(tokens[:3], (tokens[:3], tokens[3:4])), np.array([True, False])),
-        Choice(Query(tokens[:2], (tokens[5:7],)), np.array([True])),
+        Choice(Query(tokens[:3], (tokens[:3], tokens[3:4])), np.array([True, False]), np.zeros(2)),
+        Choice(Query(tokens[:2], (tokens[5:7],)), np.array([True]), np.zeros(1)),
     ]
     work = Work.of(batch_of(choices, users=3))
     assert work.tokens == 3 + 2 + 2 + 1
@@ -203,7 +207,7 @@ def test_a_run_learns_the_choice_and_resumes_to_the_same_bits(base, tmp_path):
         first = [1 if chosen else 2 for chosen in targets]
         answers = tuple(np.append(f, a) for f, a in zip(first, choice.query.candidates))
         answers = tuple(answer.astype(np.int32) for answer in answers)
-        choices.append(Choice(Query(choice.query.prompt, answers), targets))
+        choices.append(Choice(Query(choice.query.prompt, answers), targets, choice.offsets))
     program = Program(MODEL, SPEC, jnp.float32, objective='listwise')
     config = ConfigDict(SETTINGS)
     fresh = lora.join(lora.init_adapter(MODEL, SPEC, 0), base)
@@ -228,6 +232,21 @@ def test_c07_probabilities_are_normalised_once(monkeypatch):
     monkeypatch.setattr('palr_jax.finetune.lists.one_pass_scores', lambda *_, **__: logs)
     lists = batch_of([draw_choices(2)[1]] * 2)
     assert lists.filled.all()
-    lists = lists.replace(targets=np.array([[1.0, 0.0]] * 2, np.float32))
+    nothing = np.zeros((2, 2), np.float32)
+    lists = lists.replace(targets=np.array([[1.0, 0.0]] * 2, np.float32), offsets=nothing)
     losses = list_losses({}, lists, Program(MODEL, SPEC, jnp.float32, objective='listwise'))
     np.testing.assert_allclose(np.exp(-losses), [0.0500 / 0.051, 0.6 / 0.9], rtol=1e-6)
+
+
+def test_offsets_are_the_standardised_scores_of_the_retriever():
+    """Of scores 1, 2, 3: mean 2, standard deviation sqrt(2/3); in the order listed."""
+    titles = ('', 'Heat (1995)', 'Alien (1979)', 'Fargo (1996)')
+    tokenizer = tiny_tokenizer(titles)
+    catalogue = Catalogue(('', *'abc'), titles, (None,) * 4, ((),) * 4)
+    encoder = Encoder(catalogue, tokenizer, load_template('movies'), 'plain', 400)
+    example = Example(0, 'recommend_retrieval', (1,), (1,), (3, 2, 1), (2,), (3.0, 1.0, 2.0))
+    found = encode_choice(example, encoder, (), 400, retriever_weight=2.0)
+    unit = 1.5**0.5
+    np.testing.assert_allclose(found.offsets, [2 * unit, -2 * unit, 0], atol=1e-6)
+    assert found.targets.tolist() == [False, True, False]
+    assert not encode_choice(example, encoder, (), 400).offsets.any()

@@ -93,16 +93,22 @@ def test_relisted_examples_have_the_next_items_that_were_retrieved(split_of):
     split = split_of([[10, 11, 12, 13, 14, 15, 16]])
     example = Example(0, 'recommend_retrieval', (10, 11), (11,), (1, 2), (12, 13, 30))
     lists = np.array([[14, 13, 20, -1], [21, 12, 13, 22], [14, 15, 20, 21]])
-    found = relist([example] * 3, lists, split, Tasks, order='retriever', seed=0)
+    scores = np.array([[9.0, 8.0, 7.0, -np.inf], [6.0, 5.0, 4.0, 3.0], [2.0] * 4])
+    found = relist([example] * 3, lists, scores, split, Tasks, order='retriever', seed=0)
     assert [(e.candidates, e.targets) for e in found] == [
         ((14, 13, 20), (13,)),
         ((21, 12, 13, 22), (12, 13)),
     ]
+    assert [e.scores for e in found] == [(9.0, 8.0, 7.0), (6.0, 5.0, 4.0, 3.0)]
     assert all(e.past == (10, 11) and e.history == (11,) for e in found)
-    shuffled = relist([example] * 3, lists, split, Tasks, order='shuffled', seed=0)
+    shuffled = relist([example] * 3, lists, scores, split, Tasks, order='shuffled', seed=0)
+    for one, other in zip(found, shuffled, strict=True):
+        assert dict(zip(one.candidates, one.scores)) == dict(zip(other.candidates, other.scores))
     assert [sorted(e.candidates) for e in shuffled] == [sorted(e.candidates) for e in found]
     orders = {
-        relist([example], lists[1:2], split, Tasks, order='shuffled', seed=s)[0].candidates
+        relist([example], lists[1:2], scores[1:2], split, Tasks, order='shuffled', seed=s)[
+            0
+        ].candidates
         for s in range(20)
     }
     assert len(orders) > 5
