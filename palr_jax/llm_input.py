@@ -132,9 +132,8 @@ def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
 def encode_examples(project: Project, examples: Sequence[Example]) -> list[Tokens] | list[Choice]:
     """The examples as tokens, or as lists where the objective is one of lists."""
     config = project.config.finetune
-    encode = encode_example
-    if config.objective != 'sft':
-        encode = functools.partial(encode_choice, retriever_weight=config.retriever_weight)
+    to_choice = functools.partial(encode_choice, retriever_weight=config.retriever_weight)
+    encode = encode_example if config.objective == 'sft' else to_choice
     return [
         encode(example, project.encoder, profile, config.length)
         for example, profile in zip(examples, example_profiles(project, examples))
