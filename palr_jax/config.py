@@ -180,6 +180,9 @@ def default_config() -> ConfigDict:
     # Added to the softmax over a list: so many times the score of the retriever that found it,
     # standardised over the list. Above 0 the LLM learns what the retriever does not know.
     config.finetune.retriever_weight = 0.0
+    # Scores of a list count less those of the untuned model, as in DPO: training begins where
+    # nothing is said, not with what the untuned model says. Goes with ranking.normalize 'untuned'.
+    config.finetune.less_untuned = False
     config.finetune.steps = 200  # optimiser steps; more may be asked for later
     config.finetune.batch_size = 8  # rows a step, or lists
     config.finetune.accumulate = 1  # parts that a batch is run in, one after another: less memory
@@ -209,7 +212,8 @@ def default_config() -> ConfigDict:
     # title (likelihood of each candidate's answer) | index (the same of its number) | generate (the
     # model writes ten titles: of the candidates, or freely where the prompt lists none)
     config.ranking.mode = 'title'
-    # sum | token | byte | prior (the sum, less that under the same prompt without the user)
+    # sum | token | byte | prior (the sum, less that under the same prompt without the user) |
+    # untuned (of the tuned model: the sum, less the untuned model's)
     config.ranking.normalize = 'token'
     config.ranking.answer_tokens = 256  # of a freely generated answer, at most
     config.ranking.skip_misses = False  # users whose target was not retrieved count, unscored
@@ -248,7 +252,7 @@ CHOICES = {
     'prompts.candidate_order': ('shuffled', 'retriever'),
     'tasks.targets_at': ('shuffled', 'first', 'last'),
     'ranking.mode': ('title', 'index', 'generate'),
-    'ranking.normalize': ('sum', 'token', 'byte', 'prior'),
+    'ranking.normalize': ('sum', 'token', 'byte', 'prior', 'untuned'),
 }
 MEMBERS = {
     'stages': STAGES,
@@ -375,10 +379,10 @@ def _check_together(config: ConfigDict) -> None:
             'config.prompts.candidates=True',
         ),
         (
-            numbered and config.ranking.normalize not in ('sum', 'prior'),
+            numbered and config.ranking.normalize in ('token', 'byte'),
             ('prompts.answer', 'ranking.normalize'),
             'the length of a number means nothing',
-            "config.ranking.normalize='sum' or 'prior'",
+            "config.ranking.normalize='sum', 'prior' or 'untuned'",
         ),
         (
             tuned and share < 1 and (numbered or lists or retrieved),
@@ -400,6 +404,12 @@ def _check_together(config: ConfigDict) -> None:
             ('tasks.candidates_from', 'tasks.targets_at', 'prompts.candidates'),
             'retrieved candidates are listed as prompts.candidate_order says',
             "config.tasks.targets_at='shuffled' and config.prompts.candidates=True",
+        ),
+        (
+            config.finetune.less_untuned and (not lists or config.finetune.full),
+            ('finetune.less_untuned', 'finetune.objective', 'finetune.full'),
+            'lists are scored by the untuned model first, which all weights begin from',
+            'an adapter that learns from lists',
         ),
         (
             config.finetune.retriever_weight > 0 and not (lists and retrieved),

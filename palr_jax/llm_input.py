@@ -13,6 +13,7 @@ from palr_jax.errors import InputError
 from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.lists import Choice, encode_choice
 from palr_jax.parallel import distributed
+from palr_jax.progress import Progress
 from palr_jax.project import Project, order_seed, ranked_users, read_candidates
 from palr_jax.prompts.tasks import Example, affinity, make_examples, relist, split_users
 from palr_jax.ranking.score import Query
@@ -134,10 +135,24 @@ def encode_examples(project: Project, examples: Sequence[Example]) -> list[Token
     config = project.config.finetune
     to_choice = functools.partial(encode_choice, retriever_weight=config.retriever_weight)
     encode = encode_example if config.objective == 'sft' else to_choice
-    return [
+    encoded = [
         encode(example, project.encoder, profile, config.length)
         for example, profile in zip(examples, example_profiles(project, examples))
     ]
+    return less_untuned(project, encoded) if config.less_untuned else encoded
+
+
+def less_untuned(project: Project, choices: list[Choice]) -> list[Choice]:
+    """The lists with what the untuned model says of their candidates taken off as offsets."""
+    temperature = project.config.finetune.temperature
+    with Progress('lists, untuned', len(choices), 'lists') as progress:
+        for indices, sums in project.base_scores([choice.query for choice in choices]):
+            for i, said in zip(indices, sums):
+                offsets = choices[i].offsets
+                offsets = offsets - said[: len(offsets)] / temperature
+                choices[i] = dataclasses.replace(choices[i], offsets=offsets)
+            progress.update(len(indices))
+    return choices
 
 
 def example_profiles(project: Project, examples: Sequence[Example]) -> list[tuple[str, ...]]:

@@ -280,8 +280,10 @@ def rank_users(project: Project) -> None:
     """Candidates, base model and adapter -> `ranking/`: the LLM's scores before and after tuning.
 
     Both score the test users; the validation users, on whom the fusion weight is chosen, are scored
-    by the one that is fused: the tuned model, or the base where nothing was tuned.
+    by the one that is fused: the tuned model, or the base where nothing was tuned. And by both
+    where the one is taken off the other.
     """
+    less_untuned = project.config.ranking.normalize == 'untuned'
     tuned = []
     full = project.config.finetune.full
     folder = project.model_folder if full else project.adapter_folder
@@ -296,7 +298,7 @@ def rank_users(project: Project) -> None:
         storage.write_arrays(path, users=users, tokens=np.array(tokens, np.int32))
         if part == 'test':
             write_prompts(project, users, items)
-        for llm in systems if part == 'test' else systems[-1:]:
+        for llm in systems if part == 'test' or less_untuned else systems[-1:]:
             rank_by(project, llm, part, users, items, queries)
     distributed.by_one(lambda: choose_fusion(project, systems[-1].system))
 

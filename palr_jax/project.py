@@ -206,15 +206,15 @@ class Project:
                 histories,
                 self.encoder,
                 config,
-                self._base_scores,
+                self.base_scores,
                 path=self.profiles_path,
                 identity=f'{self.checkpoint.fingerprint} {model.dtype} {model.quantize} '
                 f'{model.matmul_precision}',
             )
         return [()] * len(histories)
 
-    def _base_scores(self, queries: Sequence[Query]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """`score_queries` by the base model: prompts are the same before and after tuning."""
+    def base_scores(self, queries: Sequence[Query]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """`score_queries` by the base model, which is the same before and after tuning."""
         config = self.config.ranking
         with jax.default_matmul_precision(self.config.model.matmul_precision):
             yield from score_queries(
@@ -290,13 +290,19 @@ class Project:
         return self.config.ranking.mode == 'generate' and not self.config.prompts.candidates
 
     def llm_scores(self, system: str, part: str) -> Scores | Answers:
-        """What `ranking` holds of a system; for the normalisation 'prior' less the prior's."""
+        """What `ranking` holds of a system, less what `ranking.normalize` takes off."""
         if self.writes_freely:
             return read_answers(self.scores_path(system, part))
-        scores = read_scores(self.scores_path(system, part))
-        if self.config.ranking.normalize != 'prior' or self.config.ranking.mode == 'generate':
+        path = self.scores_path(system, part)
+        scores = read_scores(path)
+        others = {
+            'prior': self.prior_path(system, part),
+            'untuned': self.scores_path('llm_zero_shot', part),
+        }.get(self.config.ranking.normalize)
+        # Nothing is taken off the places of written titles, nor of the untuned model what it says.
+        if not others or self.config.ranking.mode == 'generate' or others == path:
             return scores
-        return scores.less(read_scores(self.prior_path(system, part)))
+        return scores.less(read_scores(others))
 
     def prior_path(self, system: str, part: str) -> epath.Path:
         return self.scores_path(f'{system}_prior', part)

@@ -121,7 +121,7 @@ def rank_candidates(
         )
         return score_places(places, np.ones(places.shape, bool))
 
-    def score(query: Query) -> Scores:
+    def score(query: Query, params: dict[str, Any], spec: LoraSpec | None) -> Scores:
         ((_, sums),) = score_queries(
             project.scorer(spec),
             params,
@@ -133,9 +133,12 @@ def rank_candidates(
         )
         return Scores.of_queries(items[None], [query], encoder, sums)
 
-    scores = score(ask(history))
+    query = ask(history)
+    scores = score(query, params, spec)
     if ranking.normalize == 'prior':
-        scores = scores.less(score(ask(history[:0])))
+        scores = scores.less(score(ask(history[:0]), params, spec))
+    if ranking.normalize == 'untuned' and params is not project.base:
+        scores = scores.less(score(query, project.base, None))
     return scores.normalized(ranking.normalize)
 
 

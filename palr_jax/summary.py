@@ -214,7 +214,12 @@ def prompt_notes(config: ConfigDict) -> list[str]:
         'title': 'The score of a candidate is the log-likelihood of its title',
     }[ranking.mode]
     if ranking.mode != 'generate':
-        how += f', normalised by {ranking.normalize}.'
+        less = {
+            'sum': '.',
+            'prior': ', less that under the same prompt without the user.',
+            'untuned': ', of the tuned model less that by the untuned one.',
+        }
+        how += less.get(ranking.normalize, f' per {ranking.normalize}.')
     if prompts.candidates:
         how += f' The prompt lists the candidates in {prompts.candidate_order} order.'
     return [*notes, how]

@@ -127,7 +127,7 @@ def test_candidates_in_training_alone_are_refused():
         ({'ranking.mode': 'index'}, "'index' for both or for none"),
         (
             {'prompts.answer': 'index', 'ranking.mode': 'index'},
-            "config.ranking.normalize='sum' or 'prior'",
+            "config.ranking.normalize='sum', 'prior' or 'untuned'",
         ),
         (
             {'prompts.answer': 'index', 'ranking.mode': 'index', 'ranking.normalize': 'sum'},

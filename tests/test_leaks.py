@@ -59,7 +59,7 @@ def made_up_scores(monkeypatch):
             sums = [-np.random.default_rng(seed).random() for seed in seeds]
             yield np.array([i]), np.array([sums])
 
-    monkeypatch.setattr(Project, '_base_scores', scores)
+    monkeypatch.setattr(Project, 'base_scores', scores)
 
 
 def made(config, source, split, folder, parts):

@@ -18,6 +18,8 @@ from palr_jax.data import read
 from palr_jax.errors import InputError
 from palr_jax.llm_input import make_lessons
 from palr_jax.project import Project
+from palr_jax.ranking.fuse import standardize
+from palr_jax.ranking.users import read_scores
 from palr_jax.recommend import find_items, recommend
 from palr_jax.stages import flatten
 from palr_jax.testing import write_ml100k
@@ -264,7 +266,7 @@ def test_profiles_by_the_llm_are_made_once_and_serve_every_stage(inputs, tmp_pat
     catalogue = read(tmp_path / 'data').catalogue
     assert set(kept.values()) <= {k for keywords in catalogue.keywords for k in keywords}
     with monkeypatch.context() as patch:
-        patch.setattr(Project, '_base_scores', None)  # calling it would fail
+        patch.setattr(Project, 'base_scores', None)  # calling it would fail
         (tmp_path / 'ranking' / 'stage.json').unlink()
         assert pipeline.run(config, tmp_path)['runs'] == report['runs']
     assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
@@ -335,6 +337,35 @@ def test_lists_can_come_from_co_visitation_whatever_the_retriever_is(inputs, fin
     fitted = {path.name for path in (tmp_path / 'finetune' / 'retrieval' / 'fold_0').iterdir()}
     assert 'covisitation.npz' in fitted
     assert 'sasrec.npz' not in fitted
+
+
+@pytest.mark.slow
+def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(inputs, tmp_path):
+    """Before the first step a list's scores are the retriever's alone, as they are tuned for."""
+    config = small_config(inputs)
+    config.finetune.update({'objective': 'listwise', 'temperature': 2.0})
+    config.finetune.update({'retriever_weight': 0.5, 'less_untuned': True})
+    config.tasks.update({'candidates_from': 'covisitation', 'recommend_retrieval': 1.0})
+    config.ranking.normalize = 'untuned'
+    pipeline.run(config, tmp_path)
+    project = Project(config, tmp_path)
+    held_out = storage.read_arrays(tmp_path / 'finetune' / 'held_out_loss.npz')
+    for example, loss in zip(make_lessons(project).held_out, held_out['before'], strict=True):
+        logits = 0.5 * standardize(np.array([example.scores]))[0]
+        shares = np.exp(logits) / np.exp(logits).sum()
+        chosen = np.isin(example.candidates, example.targets)
+        assert loss == pytest.approx(-np.log(shares[chosen]).mean(), abs=1e-5)
+    for part in ('valid', 'test'):
+        tuned, untuned = (
+            read_scores(tmp_path / 'ranking' / f'{name}_{part}.npz').sums
+            for name in ('llm', 'llm_zero_shot')
+        )
+        learned = project.llm_scores('llm', part).normalized('untuned')
+        np.testing.assert_array_equal(learned, tuned - untuned)
+        np.testing.assert_array_equal(project.llm_scores('llm_zero_shot', part).sums, untuned)
+    catalogue = project.dataset.catalogue
+    (first,) = recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 1)
+    assert abs(first.llm) < 5  # a difference, where the likelihood of a title is tens of nats
 
 
 @pytest.mark.slow

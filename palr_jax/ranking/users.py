@@ -70,19 +70,21 @@ class Scores:
         A sum favours short titles; a mean over tokens favours titles that are long and predictable.
 
         Args:
-          how: 'sum' | 'token' | 'byte', or 'prior', a sum from which `less` has taken the prior's.
+          how: 'token' | 'byte' | 'sum', or 'prior' or 'untuned', sums from which `less` has taken
+            others.
         """
-        one = np.ones_like(self.tokens)
-        sizes = {'sum': one, 'prior': one, 'token': self.tokens, 'byte': self.bytes}[how]
+        sizes = {'token': self.tokens, 'byte': self.bytes}.get(how, np.ones_like(self.tokens))
         return np.where(self.items >= 0, self.sums / np.maximum(sizes, 1), -np.inf)
 
-    def less(self, prior: 'Scores') -> 'Scores':
-        """The same with the sums of `prior`, of the same candidates, taken off.
+    def less(self, others: 'Scores') -> 'Scores':
+        """The same with the sums of `others`, of the same candidates, taken off.
 
         What a prompt without the user says of a title is no preference of the user's (the
-        contextual calibration of Zhao et al., 2021, with a difference of log-likelihoods).
+        contextual calibration of Zhao et al., 2021, with a difference of log-likelihoods). What
+        the untuned model says was not learned here (the implicit reward of DPO, Rafailov et al.,
+        2023).
         """
-        taken = np.where(self.items >= 0, prior.sums, 0.0)
+        taken = np.where(self.items >= 0, others.sums, 0.0)
         return dataclasses.replace(self, sums=self.sums - taken)
 
 

@@ -277,7 +277,7 @@ def made_up_scores(monkeypatch):
             sums = [-np.random.default_rng(seed).random() for seed in seeds]
             yield np.array([i]), np.array([sums])
 
-    monkeypatch.setattr(Project, '_base_scores', scores)
+    monkeypatch.setattr(Project, 'base_scores', scores)
 
 
 def project_of(model_folder, workdir, items):
@@ -343,5 +343,5 @@ def test_profiles_are_kept_in_the_workdir_and_need_no_model_again(
 ):
     first = prompts_of(project_of(model_folder, tmp_path, [1, 6, 2, 4, 3]))
     assert (tmp_path / 'profiles.json').exists()
-    monkeypatch.setattr(Project, '_base_scores', None)  # calling it would fail
+    monkeypatch.setattr(Project, 'base_scores', None)  # calling it would fail
     assert prompts_of(project_of(model_folder, tmp_path, [1, 6, 2, 4, 3])) == first
