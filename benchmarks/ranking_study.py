@@ -59,12 +59,11 @@ def beauty() -> ConfigDict:
     config = runpy.run_path(str(CONFIGS / 'beauty.py'))['get_config']('strong')
     config.prompts.item = 'title'  # an id costs as many tokens and says nothing
     config.prompts.title_words = 16
-    config.tasks.users = 0.9
+    config.tasks.users = 0.5
     config.tasks.folds = 2
     config.tasks.retriever_epochs = 12
     config.tasks.examples_per_user = 20
-    config.finetune.decay_steps = config.finetune.steps = 300
-    config.finetune.accumulate = 2
+    config.finetune.decay_steps = config.finetune.steps = 350
     return config
 
 
@@ -73,9 +72,13 @@ DATA = {
     'ml1m': ml1m,
     'beauty': beauty,
 }
-# `residual` learns what the retriever leaves unexplained: finetune.retriever_weight, of which .5
-# makes the choices in the training lists likeliest (MovieLens-1M).
-LISTS = {'listwise': 0.0, 'residual': 0.5}
+# How lists are learned: alone, beside the retriever, or beside it and less the untuned model. The
+# weight .5 makes the choices in the training lists likeliest (MovieLens-1M).
+LISTS = {
+    'listwise': {},
+    'residual': {'retriever_weight': 0.5},
+    'boosted': {'retriever_weight': 0.5, 'less_untuned': True},
+}
 # Name: (what is learned, how it ranks, how an answer reads)
 VARIANTS = {
     'zero-title': (None, 'title', 'title'),
@@ -89,6 +92,7 @@ VARIANTS = {
     'listwise-generate': ('listwise', 'generate', 'title'),
     'residual-title': ('residual', 'title', 'title'),
     'residual-index': ('residual', 'index', 'index'),
+    'boosted-title': ('boosted', 'title', 'title'),
 }
 
 
@@ -97,12 +101,14 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     config.prompts.update({'history': 20, 'answer': answer})
     config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True})
     config.ranking.update({'valid_users': 0, 'batch_size': 32, 'max_shapes': 2})
-    # What `listwise` trains is the sum itself.
-    lists = learned in LISTS
-    config.ranking.normalize = 'sum' if mode == 'index' or lists else 'prior'
+    # What lists train is the sum itself.
+    config.ranking.normalize = 'sum' if mode == 'index' or learned in LISTS else 'prior'
     config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
     config.finetune.update({'learning_rate': 1e-3, 'warmup': 20, 'checkpoint_every': 100})
     config.finetune.update({'batch_size': 32, 'max_shapes': 2, 'held_out': 64})
+    if config.prompts.title_words:  # Beauty's prompts are twice as long
+        config.finetune.batch_size = 16
+        config.ranking.update({'valid_users': 5000, 'max_shapes': 1})
     if learned is None:
         config.stages = (*BASE, 'ranking', 'report')
     elif learned == 'sft':
@@ -111,8 +117,11 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
         config.finetune.batch_size = 16
     else:
         config.finetune.objective = 'listwise'
-        config.finetune.retriever_weight = LISTS[learned]
+        config.finetune.update(LISTS[learned])
         config.finetune.temperature = 1.0 if mode == 'index' else 2.0
+        if learned == 'boosted':
+            config.finetune.temperature = 1.0
+            config.ranking.normalize = 'untuned'
         # The next item alone, as the ranking asks for it.
         config.tasks.update({'recommend_retrieval': 1.0, 'candidates_from': 'retriever'})
         config.tasks.update({'targets': 1, 'enrich': False, 'swap': 0.0})
@@ -186,6 +195,8 @@ def by_normalization(project: Project, system: str, part: str) -> dict[str, np.n
     prior = project.prior_path(system, part)
     if prior.exists():
         scores['prior'] = sums.less(read_scores(prior)).normalized('prior')
+    if project.config.ranking.normalize == 'untuned':
+        scores['untuned'] = project.llm_scores(system, part).normalized('untuned')
     return scores
 
 

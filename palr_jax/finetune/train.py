@@ -59,7 +59,7 @@ from palr_jax.ranking.score import plan_batches
 Params = Any
 Batch = Rows | Lists
 
-HELD_OUT_SHAPES = 4  # compiled shapes of held-out lists, at most
+HELD_OUT_SHAPES = 2  # compiled shapes of held-out lists, at most
 
 
 @dataclasses.dataclass(frozen=True)
