@@ -47,8 +47,8 @@ def default_config() -> ConfigDict:
     config.data.columns.time = 'time'  # numbers, or date and time types of Parquet
     config.data.items_path = ''  # table of the items (source 'table'); '' shows ids for titles
     config.data.item_columns = ConfigDict()  # names of its columns; '' = it has none
-    config.data.item_columns.item = 'item'
-    config.data.item_columns.title = 'title'
+    config.data.item_columns.item = 'item'  # as in the events
+    config.data.item_columns.title = 'title'  # text
     config.data.item_columns.keywords = 'keywords'  # lists, or text with a separator
     config.data.keyword_separator = '|'  # between the keywords in a text
     config.data.delimiter = ''  # of CSV and TSV, one character; '' = comma, and tab in .tsv
@@ -195,7 +195,7 @@ def default_config() -> ConfigDict:
     config.finetune.learning_rate = 3e-4  # peak of AdamW
     config.finetune.warmup = 10  # steps
     config.finetune.decay_steps = 200  # step at which the cosine ends; constant afterwards
-    config.finetune.weight_decay = 0.0
+    config.finetune.weight_decay = 0.0  # of AdamW, a step, times the learning rate
     config.finetune.clip_norm = 1.0  # global norm of the adapter's gradient
     config.finetune.checkpoint_every = 50  # steps
     config.finetune.held_out = 32  # other users whose loss is measured before and after
@@ -220,6 +220,7 @@ def default_config() -> ConfigDict:
     config.ranking.batch_size = 4  # users a program call
     config.ranking.row_length = 64  # tokens of a packed candidate row
     config.ranking.max_shapes = 4  # compiled shapes of prompts and rows, at most
+    # Of the LLM's score beside the retriever's, to choose from; 0 is among them.
     config.ranking.fusion_weights = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0)
 
     config.evaluation = ConfigDict()
