@@ -19,6 +19,7 @@ SMALL = {
     **{'tasks.users': 0.5, 'tasks.candidates': 6, 'tasks.targets': 2},
     **{'finetune.steps': 1, 'finetune.batch_size': 2, 'finetune.length': 500},
     **{'finetune.held_out': 2, 'ranking.candidates': 6, 'ranking.users': 4},
+    **{'ranking.max_shapes': 1, 'finetune.max_shapes': 1},
     **{'ranking.valid_users': 4, 'evaluation.resamples': 50, 'data.source': 'table'},
 }
 # Two runs that between them go through every part that has fields of its own.

@@ -64,6 +64,7 @@ def small_config(inputs):
     config.ranking.candidates = 10
     config.ranking.users = 12
     config.ranking.valid_users = 10
+    config.ranking.max_shapes = config.finetune.max_shapes = 1  # compiling takes the time here
     config.evaluation.resamples = 200
     return config
 
@@ -258,7 +259,6 @@ def test_profiles_by_the_llm_are_made_once_and_serve_every_stage(inputs, tmp_pat
     config.prompts.profile = 'llm'
     config.prompts.profile_history = 5
     config.finetune.steps = 2
-    config.ranking.max_shapes = 1
     config.ranking.users = config.ranking.valid_users = 4
     report = pipeline.run(config, tmp_path)
     assert [r['system'] for r in report['runs'][2:] if 'group' not in r] == SYSTEMS

@@ -45,6 +45,7 @@ def workdir(tmp_path_factory):
     config.ranking.users = 12
     config.ranking.valid_users = 4
     config.ranking.batch_size = 2
+    config.ranking.max_shapes = 1
     config.evaluation.resamples = 200
     config.stages = ('data', 'retrieval', 'finetune', 'ranking')
     workdir = tmp_path_factory.mktemp('run')
