@@ -8,8 +8,11 @@ untuned model are shared. A run of configs/ml1m.py or configs/beauty.py has the 
 data already: its folders data/ and retrieval/ can be copied to WORKDIR/base. The same command
 continues after an interruption. All variants rank the same candidates of the same users; users
 whose target was not retrieved count as misses unscored. The JSON holds each variant's report, and
-the rows of the four normalisations of a title's score, each with a fusion weight of its own from
-the validation users.
+the rows of the normalisations of a title's score, each with a fusion weight of its own from the
+validation users.
+
+The sizes are those of an accelerator, where a variant takes a few minutes; a sample of the users
+(--users, --valid-users) is what a CPU can rank.
 """
 
 import argparse
