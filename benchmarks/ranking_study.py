@@ -5,7 +5,8 @@
 
 Every variant is a run of the pipeline in a folder of its own; data, retriever and the scores of the
 untuned model are shared. A run of configs/ml1m.py or configs/beauty.py has the retriever of those
-data already: its folders data/ and retrieval/ can be copied to WORKDIR/base. The same command
+data already: its folders data/ and retrieval/ can be copied to WORKDIR/base (Beauty's, if the base
+model read its texts in bfloat16). The same command
 continues after an interruption. All variants rank the same candidates of the same users; users
 whose target was not retrieved count as misses unscored. The JSON holds each variant's report, and
 the rows of the normalisations of a title's score, each with a fusion weight of its own from the
@@ -139,15 +140,15 @@ def run_variant(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
         copy(workdir / 'base' / stage, folder / stage)
     if learned:
         untuned = workdir / f'zero-{mode}' / 'ranking'
-        for path in untuned.glob('llm_zero_shot*_test.npz'):
+        for path in untuned.glob('llm_zero_shot*.npz'):
             copy(path, folder / 'ranking' / path.name)
         if mode == 'generate':  # the same model writes that was asked for likelihoods
             copy(workdir / f'{learned}-title' / 'finetune', folder / 'finetune')
     if learned in LISTS:  # all learn from the same lists
         lists = Path('finetune') / 'candidates.npz'
-        for other in (workdir / other / lists for other in VARIANTS):
-            if other.exists():
-                copy(other, folder / lists)
+        for path in (workdir / other / lists for other in VARIANTS):
+            if path.exists():
+                copy(path, folder / lists)
     return pipeline.run(configure(base, learned, mode, answer), folder)
 
 
@@ -192,7 +193,7 @@ def normalizations(name: str, base: ConfigDict, workdir: Path) -> list[Run]:
 
 
 def by_normalization(project: Project, system: str, part: str) -> dict[str, np.ndarray]:
-    """The scores [U', C] in every normalisation; that by the prior only where it was asked."""
+    """The scores [U', C] in every normalisation; less others only where these were asked."""
     sums = read_scores(project.scores_path(system, part))
     scores = {how: sums.normalized(how) for how in ('sum', 'token', 'byte')}
     prior = project.prior_path(system, part)

@@ -138,8 +138,8 @@ def default_config() -> ConfigDict:
     config.prompts.item = 'title'
     # title | title_no_year | id_title | index: candidates are numbered and answered by number
     config.prompts.answer = 'title'
-    # Words of a title in prompts and answers, at most; 0 is all. Of Amazon's a few in a hundred are
-    # ten times as long as the others, and prompts of like length are computed together.
+    # Words of a title in prompts and answers, at most; 0 is all. One in a hundred of Amazon's is
+    # six times as long as most, and prompts of like length are computed together.
     config.prompts.title_words = 0
     config.prompts.profile = 'counts'  # none | counts | llm (the base model names two keywords)
     config.prompts.profile_history = 20  # latest items that the LLM reads for a profile
@@ -409,8 +409,23 @@ def _check_together(config: ConfigDict) -> None:
         (
             config.finetune.less_untuned and (not lists or config.finetune.full),
             ('finetune.less_untuned', 'finetune.objective', 'finetune.full'),
-            'lists are scored by the untuned model first, which all weights begin from',
-            'an adapter that learns from lists',
+            'what is taken off are the scores of lists, by a base that stays as it is',
+            "config.finetune.objective='listwise' or 'both' and config.finetune.full=False",
+        ),
+        (
+            config.finetune.less_untuned
+            and {'finetune', 'ranking'} <= {*config.stages}
+            and config.ranking.normalize != 'untuned'
+            and config.ranking.mode != 'generate',
+            ('finetune.less_untuned', 'ranking.normalize'),
+            'the ranking would read what the untuned model says and the training did not',
+            "config.ranking.normalize='untuned' with the former",
+        ),
+        (
+            config.ranking.normalize == 'untuned' and config.ranking.mode == 'generate',
+            ('ranking.normalize', 'ranking.mode'),
+            'written titles have no scores to take anything off',
+            "another config.ranking.normalize with 'generate'",
         ),
         (
             config.finetune.retriever_weight > 0 and not (lists and retrieved),

@@ -142,17 +142,18 @@ def encode_examples(project: Project, examples: Sequence[Example]) -> list[Token
     return less_untuned(project, encoded) if config.less_untuned else encoded
 
 
-def less_untuned(project: Project, choices: list[Choice]) -> list[Choice]:
+def less_untuned(project: Project, choices: Sequence[Choice]) -> list[Choice]:
     """The lists with what the untuned model says of their candidates taken off as offsets."""
     temperature = project.config.finetune.temperature
+    offset = list(choices)
     with Progress('lists, untuned', len(choices), 'lists') as progress:
         for indices, sums in project.base_scores([choice.query for choice in choices]):
             for i, said in zip(indices, sums):
                 offsets = choices[i].offsets
                 offsets = offsets - said[: len(offsets)] / temperature
-                choices[i] = dataclasses.replace(choices[i], offsets=offsets)
+                offset[i] = dataclasses.replace(choices[i], offsets=offsets)
             progress.update(len(indices))
-    return choices
+    return offset
 
 
 def example_profiles(project: Project, examples: Sequence[Example]) -> list[tuple[str, ...]]:

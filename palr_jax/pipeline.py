@@ -283,7 +283,7 @@ def rank_users(project: Project) -> None:
     by the one that is fused: the tuned model, or the base where nothing was tuned. And by both
     where the one is taken off the other.
     """
-    less_untuned = project.config.ranking.normalize == 'untuned'
+    both = project.config.ranking.normalize == 'untuned'
     tuned = []
     full = project.config.finetune.full
     folder = project.model_folder if full else project.adapter_folder
@@ -298,8 +298,11 @@ def rank_users(project: Project) -> None:
         storage.write_arrays(path, users=users, tokens=np.array(tokens, np.int32))
         if part == 'test':
             write_prompts(project, users, items)
-        for llm in systems if part == 'test' or less_untuned else systems[-1:]:
-            rank_by(project, llm, part, users, items, queries)
+        for llm in systems if part == 'test' or both else systems[-1:]:
+            with contextlib.ExitStack() as stack:
+                claim = functools.partial(stack.enter_context, project.claimed(llm.system))
+                distributed.by_one(claim)
+                rank_by(project, llm, part, users, items, queries)
     distributed.by_one(lambda: choose_fusion(project, systems[-1].system))
 
 

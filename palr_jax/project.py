@@ -1,5 +1,6 @@
 """A run: its config, its workdir, and what several stages read of them."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -306,6 +307,15 @@ class Project:
 
     def prior_path(self, system: str, part: str) -> epath.Path:
         return self.scores_path(f'{system}_prior', part)
+
+    def claimed(self, system: str) -> contextlib.AbstractContextManager:
+        """Keeps what `system` says for this process; other variants of a study wait for it.
+
+        The untuned model's part is no stage of its own and is shared more widely than the ranking.
+        """
+        if system != 'llm_zero_shot' or UNTUNED not in self._folders:
+            return contextlib.nullcontext()
+        return storage.locked(self._folders[UNTUNED], wait=True)
 
     def scores_path(self, system: str, part: str) -> epath.Path:
         folder = self.folder('ranking')

@@ -51,7 +51,7 @@ NEEDS = {
 }
 STAGES = tuple(DEPENDS)
 STEPS = 'finetune.steps'
-# What the retrieval reads of prompts when it has the base model read texts: all but these.
+# What the retrieval does not read of prompts where the base model makes profiles of users.
 UNREAD = {
     *('prompts.history', 'prompts.history_order', 'prompts.answer'),
     *('prompts.candidates', 'prompts.candidate_order'),
@@ -276,8 +276,11 @@ def training_retrieval(config: ConfigDict) -> ConfigDict | None:
 def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
     """The fields that `stage` reads itself, as {'finetune.steps': 200, …}, JSON-able."""
     part = {}
-    texts = stage == 'retrieval' and retrieval_reads_texts(config)
-    for name in (*DEPENDS[stage], *(('model', 'prompts') if texts else ())):
+    names = DEPENDS[stage]
+    if stage == 'retrieval' and retrieval_reads_texts(config):
+        part['prompts.profile'] = config.prompts.profile
+        names = (*names, 'model', *(('prompts',) if config.prompts.profile == 'llm' else ()))
+    for name in names:
         value = config[name]
         if isinstance(value, ConfigDict):
             part |= flatten(value, f'{name}.')

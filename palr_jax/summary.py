@@ -202,11 +202,12 @@ def prompt_notes(config: ConfigDict) -> list[str]:
         if prompts.candidates or ranking.mode != 'generate'
         else 'The LLM names items of the whole catalogue'
     )
+    words = f', the first {prompts.title_words} words of it' if prompts.title_words else ''
     notes = [
         f'{shown}, from prompts of at most {prompts.history} history items (the paper: 20) and '
         f'{prompts.length} tokens; a target that is not among them is a miss.',
         f'User profile: {prompts.profile}; an item is shown by its {prompts.item} and answered by '
-        f'its {prompts.answer}.',
+        f'its {prompts.answer}{words}.',
     ]
     how = {
         'generate': 'The model writes up to ten titles, the best first.',
@@ -217,12 +218,20 @@ def prompt_notes(config: ConfigDict) -> list[str]:
         less = {
             'sum': '.',
             'prior': ', less that under the same prompt without the user.',
-            'untuned': ', of the tuned model less that by the untuned one.',
+            'untuned': ', for the tuned model less that by the untuned one.',
         }
         how += less.get(ranking.normalize, f' per {ranking.normalize}.')
     if prompts.candidates:
         how += f' The prompt lists the candidates in {prompts.candidate_order} order.'
-    return [*notes, how]
+    notes.append(how)
+    weight, less_untuned = config.finetune.retriever_weight, config.finetune.less_untuned
+    if weight or less_untuned:
+        less = ', less what the untuned model says' if less_untuned else ''
+        notes.append(
+            f'Lists were learned beside {weight:g} times the standardised scores of the retriever'
+            f'{less}: the losses are of both together.'
+        )
+    return notes
 
 
 def _installed(name: str) -> bool:

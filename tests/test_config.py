@@ -135,6 +135,16 @@ def test_candidates_in_training_alone_are_refused():
         ),
         ({'finetune.objective': 'listwise'}, 'config.tasks.recommend_retrieval=1'),
         ({'finetune.retriever_weight': 1.0}, 'a weight of 0, or lists of a retriever'),
+        ({'finetune.less_untuned': True}, "config.finetune.objective='listwise' or 'both'"),
+        ({'ranking.normalize': 'untuned', 'ranking.mode': 'generate'}, "with 'generate'"),
+        (
+            {
+                'finetune.objective': 'listwise',
+                'finetune.less_untuned': True,
+                'tasks.recommend_retrieval': 1.0,
+            },
+            "config.ranking.normalize='untuned'",
+        ),
         ({'tasks.candidates_from': 'retriever'}, 'config.tasks.recommend_retrieval=1'),
         ({'tasks.candidates_from': 'covisitation'}, 'config.tasks.recommend_retrieval=1'),
         ({'prompts.candidate_order': 'retriever'}, "config.tasks.candidates_from='retriever'"),

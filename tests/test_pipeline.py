@@ -1,6 +1,7 @@
 """The whole system on made-up data and a tiny model: what a run writes, resumes and refuses."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -20,7 +21,7 @@ from palr_jax.llm_input import make_lessons
 from palr_jax.project import Project
 from palr_jax.ranking.fuse import standardize
 from palr_jax.ranking.users import read_scores
-from palr_jax.recommend import find_items, recommend
+from palr_jax.recommend import find_items, rank_candidates, recommend, retrieve_for
 from palr_jax.stages import flatten
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
@@ -364,8 +365,16 @@ def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(input
         np.testing.assert_array_equal(learned, tuned - untuned)
         np.testing.assert_array_equal(project.llm_scores('llm_zero_shot', part).sums, untuned)
     catalogue = project.dataset.catalogue
-    (first,) = recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 1)
-    assert abs(first.llm) < 5  # a difference, where the likelihood of a title is tens of nats
+    found = recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)
+    untuned = Project(config, tmp_path)
+    untuned.config.ranking.normalize = 'sum'
+    history = find_items([catalogue.titles[3], catalogue.titles[5]], catalogue)
+    items = retrieve_for(untuned, history)[0]
+    ask = functools.partial(rank_candidates, untuned, history=history, items=items)
+    said = ask(*untuned.adapted())[0] - ask(untuned.base, None)[0]
+    by_title = dict(zip((catalogue.titles[item] for item in items), said))
+    for one in found:
+        assert one.llm == pytest.approx(by_title[one.title], abs=1e-4)
 
 
 @pytest.mark.slow

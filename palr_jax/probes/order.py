@@ -74,8 +74,8 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
     prompts = copy.deepcopy(config.prompts)
     prompts.candidate_order = 'shuffled'
     histories = [split.history(user, 'test') for user in users]
-    profiles = project.profiles([history.tolist() for history in histories])
-    queries = []
+    *profiles, nobody = project.profiles([history.tolist() for history in [*histories, users[:0]]])
+    queries, priors = [], []
     slots = np.full((len(users), shuffles, items.shape[1]), -1)
     for u, (user, history, profile) in enumerate(zip(users, histories, profiles)):
         filled = items[u][items[u] >= 0]
@@ -84,15 +84,25 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
             seed = [*order_seed(config, user), k] if k else order_seed(config, user)
             prompt, listed = ranking_prompt(encoder, prompts, history, profile, filled, seed)
             queries.append(Query(prompt.tokens, answers))
+            prior, _ = ranking_prompt(encoder, prompts, history[:0], nobody, filled, seed)
+            priors.append(Query(prior.tokens, answers))
             slots[u, k, : len(filled)] = [listed.index(item) for item in filled]
-    sums = np.full((len(queries), items.shape[1]), -np.inf, np.float32)
-    scored = run.score('orders', queries)
-    sums[:, : scored.shape[1]] = scored
     repeated = np.repeat(items, shuffles, axis=0)
-    scores = Scores.of_queries(repeated, queries, encoder, sums).normalized(
-        config.ranking.normalize
-    )
-    return Orders(items, slots, scores.reshape(slots.shape), split.targets('test')[users])
+
+    def ask(name: str, run: Finished, queries: list[Query]) -> Scores:
+        sums = np.full(repeated.shape, -np.inf, np.float32)
+        scored = run.score(name, queries)
+        sums[:, : scored.shape[1]] = scored
+        return Scores.of_queries(repeated, queries, encoder, sums)
+
+    how = config.ranking.normalize
+    scores = ask('orders', run, queries)
+    if how == 'prior':
+        scores = scores.less(ask('orders, prior', run, priors))
+    if how == 'untuned' and run.system == 'llm':
+        scores = scores.less(ask('orders, untuned', Finished(project, 'llm_zero_shot'), queries))
+    ranked = scores.normalized(how).reshape(slots.shape)
+    return Orders(items, slots, ranked, split.targets('test')[users])
 
 
 def measure(orders: Orders, *, resamples: int, seed: int) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class Scores:
         2023).
         """
         taken = np.where(self.items >= 0, others.sums, 0.0)
-        return dataclasses.replace(self, sums=self.sums - taken)
+        seconds, computed = self.seconds + others.seconds, self.computed + others.computed
+        return dataclasses.replace(self, sums=self.sums - taken, seconds=seconds, computed=computed)
 
 
 def make_query(
@@ -156,9 +157,13 @@ def score_users(
       config: `config.ranking`.
       max_positions: tokens that the model reads.
       path: where the scores are kept, written as they come.
-      identity: of everything that the scores depend on; a file with another one is replaced.
+      identity: of everything that the scores depend on; a file with another one, or of other
+        users or candidates, is replaced.
     """
-    scores = _stored(path, identity) or Scores.of_queries(items, queries, encoder, users=users)
+    scores = Scores.of_queries(items, queries, encoder, users=users)
+    stored = _stored(path, identity)
+    if stored and np.array_equal(stored.users, users) and np.array_equal(stored.items, items):
+        scores = stored
     todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1))
     if not len(todo):
         return scores

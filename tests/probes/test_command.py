@@ -11,6 +11,7 @@ import pytest
 from palr_jax import pipeline, storage
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
+from palr_jax.llm_input import make_queries
 from palr_jax.probes import invariance, memory, order
 from palr_jax.probes.finished import open_run
 from palr_jax.testing import write_ml100k
@@ -95,6 +96,28 @@ def test_the_first_order_is_the_runs_own(workdir):
     assert np.abs(found.scores[:, 1] - kept).max() > 1e-3  # the other order is read
     assert sorted(found.slots[0, 1].tolist()) == list(range(10))
     assert json.loads(json.dumps(order.probe(run, None, 2)))['users'] == 12  # all that there are
+
+
+@pytest.mark.slow
+def test_what_the_ranking_takes_off_is_taken_off_in_every_order(workdir):
+    run = open_run(workdir, 'llm')
+    users, items = run.sample(5, 50)
+    run.project.config.ranking.normalize = 'untuned'
+    found = order.score_orders(run, users, items, 2)
+    tuned, untuned = (
+        storage.read_arrays(workdir / 'ranking' / f'{name}_test.npz')
+        for name in ('llm', 'llm_zero_shot')
+    )
+    rows = np.searchsorted(tuned['users'], users)
+    learned = tuned['sums'][rows] - untuned['sums'][rows]
+    np.testing.assert_allclose(found.scores[:, 0], learned, atol=1e-4)
+    run.project.config.ranking.normalize = 'prior'
+    prior = order.score_orders(run, users, items, 2).scores
+    assert np.abs(prior - found.scores).max() > 1e-3
+    _, _, queries = make_queries(run.project, 'test', of_user=False)
+    chosen = [queries[row] for row in rows]
+    without = tuned['sums'][rows] - run.score('prior', chosen)
+    np.testing.assert_allclose(prior[:, 0], without, atol=1e-4)
 
 
 @pytest.mark.slow
