@@ -104,7 +104,6 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     config = base.copy_and_resolve_references()
     config.prompts.update({'history': 20, 'answer': answer})
     config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True})
-    config.ranking.update({'batch_size': 32, 'max_shapes': 2})
     # What lists train is the sum itself.
     config.ranking.normalize = 'sum' if mode == 'index' or learned in LISTS else 'prior'
     config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')
@@ -112,7 +111,6 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     config.finetune.update({'batch_size': 32, 'max_shapes': 2, 'held_out': 64})
     if config.prompts.title_words:  # Beauty's prompts are twice as long
         config.finetune.batch_size = 16
-        config.ranking.max_shapes = 1
     if learned is None:
         config.stages = (*BASE, 'ranking', 'report')
     elif learned == 'sft':
@@ -247,6 +245,7 @@ def main() -> None:
     parser.add_argument('--out', type=Path, required=True, help='JSON file of the result')
     parser.add_argument('--users', type=int, default=0, help='of test, a sample; 0 is all')
     parser.add_argument('--valid-users', type=int, default=0, help='the same of validation')
+    parser.add_argument('--batch-size', type=int, default=32, help='users a call; 1 on a CPU')
     parser.add_argument('--variants', default=','.join(VARIANTS), help='which, in this order')
     arguments = parser.parse_args()
     logging.use_absl_handler()
@@ -257,6 +256,7 @@ def main() -> None:
     if arguments.path:
         base.data.path = arguments.path
     base.ranking.update({'users': arguments.users, 'valid_users': arguments.valid_users})
+    base.ranking.update({'batch_size': arguments.batch_size, 'max_shapes': 2})
     first = base.copy_and_resolve_references()
     first.stages = BASE
     pipeline.run(first, arguments.workdir / 'base')
