@@ -74,7 +74,9 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
     prompts = copy.deepcopy(config.prompts)
     prompts.candidate_order = 'shuffled'
     histories = [split.history(user, 'test') for user in users]
-    *profiles, nobody = project.profiles([history.tolist() for history in [*histories, users[:0]]])
+    profiles = project.profiles([history.tolist() for history in histories])
+    how = config.ranking.normalize
+    nobody = project.profiles([[]])[0] if how == 'prior' else ()
     queries, priors = [], []
     slots = np.full((len(users), shuffles, items.shape[1]), -1)
     for u, (user, history, profile) in enumerate(zip(users, histories, profiles)):
@@ -95,7 +97,6 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
         sums[:, : scored.shape[1]] = scored
         return Scores.of_queries(repeated, queries, encoder, sums)
 
-    how = config.ranking.normalize
     scores = ask('orders', run, queries)
     if how == 'prior':
         scores = scores.less(ask('orders, prior', run, priors))
