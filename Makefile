@@ -1,6 +1,7 @@
 # make demo    the whole system on MovieLens-100K with SmolLM2-135M, under ten minutes on two cores
-# make test    every test that needs nothing but Python
-# make test-more  the tests that install PyTorch (CPU), libtpu and Playwright, or start several processes
+# make test    the tests that need nothing but Python, but for the longest
+# make test-more  the tests that install PyTorch (CPU), libtpu and Playwright, start several processes,
+#              or take long
 # make test-beam  the tests of the Apache Beam path, in an environment of their own (.venv-beam)
 # make check   lint and the quick tests, for every commit
 # Each makes .venv if need be. Another interpreter: make PYTHON=python3.12 demo
@@ -8,7 +9,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-ELSEWHERE := not torch and not tpu_backend and not multiprocess and not browser
+ELSEWHERE := not long and not torch and not tpu_backend and not multiprocess and not browser
 CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
 INSTALL = $(BIN)/python -m pip install -qq $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
 

@@ -95,7 +95,7 @@ def inputs(tmp_path):
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_field_is_read_and_one_that_nothing_reads_is_found(
     read, inputs, tmp_path, monkeypatch
 ):

@@ -254,7 +254,7 @@ def test_a_report_without_an_llm(inputs, tmp_path):
     assert 'No LLM ranked in this run' in (tmp_path / 'report' / 'report.html').read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_profiles_by_the_llm_are_made_once_and_serve_every_stage(inputs, tmp_path, monkeypatch):
     config = small_config(inputs)
     config.prompts.profile = 'llm'
@@ -279,7 +279,7 @@ def of_users(report):
     return {run['system']: run for run in rows}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_numbers_are_ranked_and_recommended(inputs, tmp_path):
     config = small_config(inputs)
     config.prompts.answer = config.ranking.mode = 'index'
@@ -298,7 +298,7 @@ def test_numbers_are_ranked_and_recommended(inputs, tmp_path):
     assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lists_of_retrieved_candidates_are_learned(inputs, tmp_path):
     """Out of fold, ranked less the prior, and misses unscored: the same numbers as when scored."""
     config = small_config(inputs)
@@ -340,7 +340,7 @@ def test_lists_can_come_from_co_visitation_whatever_the_retriever_is(inputs, fin
     assert 'sasrec.npz' not in fitted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(inputs, tmp_path):
     """Before the first step a list's scores are the retriever's alone, as they are tuned for."""
     config = small_config(inputs)
