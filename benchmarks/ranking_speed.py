@@ -504,18 +504,23 @@ def picture(rows: list[dict[str, Any]]) -> bytes:
 
 def main() -> None:
     def numbers(text: str) -> list[int]:
-        return [int(number) for number in text.split(',')]
+        return [positive(number) for number in text.split(',')]
+
+    def positive(text: str) -> int:
+        if (number := int(text)) < 1:
+            raise ValueError(text)  # argparse tells of it
+        return number
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data', required=True, help='ml-1m.zip or its folder')
     parser.add_argument('--torch-python', default=sys.executable, help='with transformers')
-    parser.add_argument('--users', type=int, default=4, help='who are ranked in a run')
+    parser.add_argument('--users', type=positive, default=4, help='who are ranked in a run')
     parser.add_argument('--batches', type=numbers, default=[1, 2, 4], help='users, tried here')
     parser.add_argument(
         '--cached-batches', type=numbers, default=[10, 25, 50], help='titles, tried there'
     )
-    parser.add_argument('--runs', type=int, default=5, help='runs, in turns')
-    parser.add_argument('--slow-runs', type=int, default=2, help='of the whole-prompt way')
+    parser.add_argument('--runs', type=positive, default=5, help='runs, in turns')
+    parser.add_argument('--slow-runs', type=positive, default=2, help='of the whole-prompt way')
     parser.add_argument('--sweep', action='store_true', help='over candidates and history too')
     parser.add_argument('--out', type=Path, help='JSON file of the result')
     parser.add_argument('--picture', type=Path, help='PNG of the sweep')

@@ -31,7 +31,7 @@ from palr_jax.config import default_config
 from palr_jax.evaluation import Comparison, Run, rank_targets
 from palr_jax.project import Project, ranked_users, retriever_scores
 from palr_jax.ranking.fuse import choose_weight, fuse
-from palr_jax.ranking.users import Scores, read_scores
+from palr_jax.ranking.users import Scores
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 BASE = ('data', 'retrieval')
@@ -169,7 +169,7 @@ def normalizations(name: str, base: ConfigDict, workdir: Path) -> list[Run]:
     learned, mode, answer = VARIANTS[name]
     project = Project(configure(base, learned, mode, answer), workdir / name)
     system = 'llm' if learned else 'llm_zero_shot'
-    valid, test = (read_scores(project.scores_path(system, part)) for part in ('valid', 'test'))
+    valid, test = (project.sums(system, part) for part in ('valid', 'test'))
     in_valid, in_test = (by_normalization(project, system, part) for part in ('valid', 'test'))
     users = ranked_users(project, 'test')
     about = {
@@ -192,13 +192,11 @@ def normalizations(name: str, base: ConfigDict, workdir: Path) -> list[Run]:
 
 def by_normalization(project: Project, system: str, part: str) -> dict[str, np.ndarray]:
     """The scores [U', C] in every normalisation; less others only where these were asked."""
-    sums = read_scores(project.scores_path(system, part))
+    sums = project.sums(system, part)
     scores = {how: sums.normalized(how) for how in ('sum', 'token', 'byte')}
-    prior = project.prior_path(system, part)
-    if prior.exists():
-        scores['prior'] = sums.less(read_scores(prior)).normalized('prior')
-    if project.config.ranking.normalize == 'untuned':
-        scores['untuned'] = project.llm_scores(system, part).normalized('untuned')
+    less = project.config.ranking.normalize
+    if less in ('prior', 'untuned'):
+        scores[less] = project.llm_scores(system, part).normalized(less)
     return scores
 
 
@@ -246,6 +244,9 @@ def main() -> None:
     parser.add_argument('--users', type=int, default=0, help='of test, a sample; 0 is all')
     parser.add_argument('--valid-users', type=int, default=0, help='the same of validation')
     parser.add_argument('--batch-size', type=int, default=32, help='users a call; 1 on a CPU')
+    parser.add_argument(
+        '--orders', type=int, default=1, help='of each list, whose scores are averaged'
+    )
     parser.add_argument('--variants', default=','.join(VARIANTS), help='which, in this order')
     arguments = parser.parse_args()
     logging.use_absl_handler()
@@ -257,6 +258,7 @@ def main() -> None:
         base.data.path = arguments.path
     base.ranking.update({'users': arguments.users, 'valid_users': arguments.valid_users})
     base.ranking.update({'batch_size': arguments.batch_size, 'max_shapes': 2})
+    base.ranking.orders = arguments.orders
     first = base.copy_and_resolve_references()
     first.stages = BASE
     pipeline.run(first, arguments.workdir / 'base')

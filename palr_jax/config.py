@@ -215,6 +215,7 @@ def default_config() -> ConfigDict:
     # sum | token | byte | prior (the sum, less that under the same prompt without the user) |
     # untuned (of the tuned model: the sum, less the untuned model's)
     config.ranking.normalize = 'token'
+    config.ranking.orders = 1  # of the prompt's list; a score is the mean over so many of them
     config.ranking.answer_tokens = 256  # of a freely generated answer, at most
     config.ranking.skip_misses = False  # users whose target was not retrieved count, unscored
     config.ranking.batch_size = 4  # users a program call
@@ -426,6 +427,20 @@ def _check_together(config: ConfigDict) -> None:
             ('ranking.normalize', 'ranking.mode'),
             'written titles have no scores to take anything off',
             "another config.ranking.normalize with 'generate'",
+        ),
+        (
+            config.ranking.orders > 1
+            and (
+                config.ranking.mode == 'generate'
+                or not config.prompts.candidates
+                or config.prompts.candidate_order != 'shuffled'
+            ),
+            (
+                *('ranking.orders', 'ranking.mode', 'prompts.candidates'),
+                'prompts.candidate_order',
+            ),
+            'likelihoods are averaged, over the orders of a list that is shuffled',
+            'config.ranking.orders=1, or candidates that are listed, shuffled and scored',
         ),
         (
             config.finetune.retriever_weight > 0 and not (lists and retrieved),

@@ -163,13 +163,10 @@ def example_profiles(project: Project, examples: Sequence[Example]) -> list[tupl
     return project.profiles([example.past for example in examples])
 
 
-def make_queries(
-    project: Project, part: str, *, of_user: bool = True
-) -> tuple[np.ndarray, np.ndarray, list[Query]]:
+def make_queries(project: Project, part: str) -> tuple[np.ndarray, np.ndarray, list[Query]]:
     """(users [U'], their candidates [U', C], their prompts) for a seeded sample of a split part.
 
-    With `ranking.skip_misses` without those whose target is no candidate. Unless `of_user`, the
-    prompts say nothing of the user: they have the same candidates in the same order alone.
+    With `ranking.skip_misses` without those whose target is no candidate.
     """
     config = project.config
     found = read_candidates(project, part)
@@ -179,7 +176,7 @@ def make_queries(
         hits = (items == project.dataset.split.targets(part)[users, None]).any(axis=1)
         logging.info('ranking: the targets of %d of %d %s users', hits.sum(), len(users), part)
         users, items = users[hits], items[hits]
-    queries, cut = queries_of(project, part, users, items, of_user=of_user)
+    queries, cut = queries_of(project, part, users, items)
     logging.info(
         'ranking: %d %s users, %.0f prompt tokens and %.1f tokens an item on average; %d history '
         'items cut to keep to %d tokens',
@@ -194,9 +191,19 @@ def make_queries(
 
 
 def queries_of(
-    project: Project, part: str, users: np.ndarray, items: np.ndarray, *, of_user: bool = True
+    project: Project,
+    part: str,
+    users: np.ndarray,
+    items: np.ndarray,
+    *,
+    order: int = 0,
+    of_user: bool = True,
 ) -> tuple[list[Query], int]:
-    """(the prompts of users [U'] with candidates [U', C], history items cut from all of them)."""
+    """(the prompts of users [U'] with candidates [U', C], history items cut from all of them).
+
+    `order` counts the orders in which `ranking.orders` has the candidates listed. Unless `of_user`,
+    the prompts say nothing of the user: they have the same candidates in the same order alone.
+    """
     config = project.config
     histories = [project.dataset.split.history(user, part) for user in users]
     if not of_user:
@@ -209,7 +216,7 @@ def queries_of(
             history,
             profile,
             candidates[candidates >= 0],
-            seed=order_seed(config, user),
+            seed=order_seed(config, user, order),
         )
         for user, history, profile, candidates in zip(users, histories, profiles, items)
     ]

@@ -10,6 +10,7 @@ fine-tuning from its newest checkpoint, ranking from the users scored so far.
 
 import contextlib
 import functools
+import itertools
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from palr_jax.evaluation import TargetRanks, rank_targets
 from palr_jax.finetune.train import Program, answer_losses, choice_losses, train
 from palr_jax.fusion import choose_fusion
 from palr_jax.llama import export, hf, lora, peft
-from palr_jax.llm_input import encode_examples, make_lessons, make_queries
+from palr_jax.llm_input import encode_examples, make_lessons, make_queries, queries_of
 from palr_jax.parallel import distributed, rules
 from palr_jax.project import (
     Project,
@@ -351,13 +352,16 @@ def rank_by(
     if config.mode == 'generate':
         generate_users(name, users, items, queries, project.encoder, llm.params, config, **written)
         return
-    todo = [(name, queries, path)]
+    # What is said with the user in the prompt, and without where that is taken off.
+    systems = {llm.system: True}
     if config.normalize == 'prior':
-        _, _, prior = make_queries(project, part, of_user=False)
-        todo.append((f'{name}, prior', prior, project.prior_path(llm.system, part)))
-    for name, asked, path in todo:
+        systems[f'{llm.system}_prior'] = False
+    for (system, of_user), order in itertools.product(systems.items(), range(config.orders)):
+        asked = queries
+        if order or not of_user:
+            asked, _ = queries_of(project, part, users, items, order=order, of_user=of_user)
         score_users(
-            name,
+            f'{system} ({part})' + (f', order {order + 1} of {config.orders}' if order else ''),
             users,
             items,
             asked,
@@ -366,6 +370,6 @@ def rank_by(
             llm.params,
             config,
             max_positions=model.max_positions,
-            path=path,
+            path=project.scores_path(system, part, order),
             identity=llm.identity,
         )

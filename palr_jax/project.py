@@ -28,7 +28,7 @@ from palr_jax.prompts.profile import count_profile
 from palr_jax.prompts.template import load_template
 from palr_jax.ranking.generate_users import Answers, read_answers
 from palr_jax.ranking.score import Batch, Query, make_scorer, score_queries
-from palr_jax.ranking.users import Scores, read_scores
+from palr_jax.ranking.users import Scores, mean_scores, read_scores
 from palr_jax.retrieval import Candidates
 from palr_jax.stages import (
     UNTUNED,
@@ -48,9 +48,9 @@ def lora_spec(config: ConfigDict) -> lora.LoraSpec:
     )
 
 
-def order_seed(config: ConfigDict, user: int) -> list[int]:
-    """Of the order in which a user's prompt lists the candidates."""
-    return [config.seed, 5, int(user)]
+def order_seed(config: ConfigDict, user: int, order: int = 0) -> list[int]:
+    """Of the order in which a user's prompt lists the candidates, the first or a further one."""
+    return [config.seed, 5, int(user), *([order] if order else [])]
 
 
 def ranked_users(project: 'Project', part: str) -> np.ndarray:
@@ -294,19 +294,19 @@ class Project:
         """What `ranking` holds of a system, less what `ranking.normalize` takes off."""
         if self.writes_freely:
             return read_answers(self.scores_path(system, part))
-        path = self.scores_path(system, part)
-        scores = read_scores(path)
-        others = {
-            'prior': self.prior_path(system, part),
-            'untuned': self.scores_path('llm_zero_shot', part),
-        }.get(self.config.ranking.normalize)
+        scores = self.sums(system, part)
+        other = {'prior': f'{system}_prior', 'untuned': 'llm_zero_shot'}.get(
+            self.config.ranking.normalize
+        )
         # Nothing is taken off the places of written titles, nor of the untuned model what it says.
-        if not others or self.config.ranking.mode == 'generate' or others == path:
+        if not other or self.config.ranking.mode == 'generate' or other == system:
             return scores
-        return scores.less(read_scores(others))
+        return scores.less(self.sums(other, part))
 
-    def prior_path(self, system: str, part: str) -> epath.Path:
-        return self.scores_path(f'{system}_prior', part)
+    def sums(self, system: str, part: str) -> Scores:
+        """What a system said of the candidates: the mean over all orders of their list."""
+        orders = range(self.config.ranking.orders)
+        return mean_scores([read_scores(self.scores_path(system, part, k)) for k in orders])
 
     def claimed(self, system: str) -> contextlib.AbstractContextManager:
         """Keeps what `system` says for this process; other variants of a study wait for it.
@@ -317,11 +317,15 @@ class Project:
             return contextlib.nullcontext()
         return storage.locked(self._folders[UNTUNED], wait=True)
 
-    def scores_path(self, system: str, part: str) -> epath.Path:
+    def scores_path(self, system: str, part: str, order: int = 0) -> epath.Path:
+        """Of what a system says under the first or a further order of the list in the prompt.
+
+        `system` may be what is taken off another: 'llm_prior' is off 'llm'.
+        """
         folder = self.folder('ranking')
         if system.startswith('llm_zero_shot'):
             folder = self._folders.get(UNTUNED, folder)
-        return folder / f'{system}_{part}.npz'
+        return folder / (f'{system}_order{order}_{part}.npz' if order else f'{system}_{part}.npz')
 
 
 def read_candidates(project: Project, part: str) -> Candidates:

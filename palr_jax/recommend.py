@@ -26,7 +26,7 @@ from palr_jax.ranking.answers import LINES, score_places
 from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.fuse import fuse
 from palr_jax.ranking.score import Query, score_queries
-from palr_jax.ranking.users import Scores, make_query
+from palr_jax.ranking.users import Scores, make_query, mean_scores
 from palr_jax.stages import has_stage
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
@@ -103,9 +103,10 @@ def rank_candidates(
     config, encoder = project.config, project.encoder
     ranking, model = config.ranking, project.checkpoint.config
 
-    def ask(of: np.ndarray) -> Query:
+    def ask(of: np.ndarray, order: int = 0) -> Query:
         (profile,) = project.profiles([of.tolist()])
-        return make_query(encoder, config.prompts, of, profile, items, seed=[config.seed, 5])[0]
+        seed = [config.seed, 5, *([order] if order else [])]
+        return make_query(encoder, config.prompts, of, profile, items, seed)[0]
 
     if ranking.mode == 'generate':
         writer = make_writer(model, spec, jnp.dtype(config.model.dtype), None, number=LINES)
@@ -121,24 +122,26 @@ def rank_candidates(
         )
         return score_places(places, np.ones(places.shape, bool))
 
-    def score(query: Query, params: dict[str, Any], spec: LoraSpec | None) -> Scores:
-        ((_, sums),) = score_queries(
+    def score(of: np.ndarray, params: dict[str, Any], spec: LoraSpec | None) -> Scores:
+        queries = [ask(of, order) for order in range(ranking.orders)]
+        found = score_queries(
             project.scorer(spec),
             params,
-            [query],
+            queries,
             batch_size=1,
             row_length=ranking.row_length,
             max_shapes=1,
             max_positions=model.max_positions,
         )
-        return Scores.of_queries(items[None], [query], encoder, sums)
+        return mean_scores(
+            [Scores.of_queries(items[None], [queries[i]], encoder, sums) for (i,), sums in found]
+        )
 
-    query = ask(history)
-    scores = score(query, params, spec)
+    scores = score(history, params, spec)
     if ranking.normalize == 'prior':
-        scores = scores.less(score(ask(history[:0]), params, spec))
+        scores = scores.less(score(history[:0], params, spec))
     if ranking.normalize == 'untuned' and params is not project.base:
-        scores = scores.less(score(query, project.base, None))
+        scores = scores.less(score(history, project.base, None))
     return scores.normalized(ranking.normalize)
 
 

@@ -137,6 +137,17 @@ def test_candidates_in_training_alone_are_refused():
         ({'finetune.retriever_weight': 1.0}, 'a weight of 0, or lists of a retriever'),
         ({'finetune.less_untuned': True}, "config.finetune.objective='listwise' or 'both'"),
         ({'ranking.normalize': 'untuned', 'ranking.mode': 'generate'}, "with 'generate'"),
+        ({'ranking.orders': 2, 'ranking.mode': 'generate'}, 'listed, shuffled and scored'),
+        *(
+            (
+                {'ranking.orders': 2, 'tasks.recommend_retrieval': 0.0} | unlisted,
+                'listed, shuffled and scored',
+            )
+            for unlisted in (
+                {'prompts.candidates': False},
+                {'prompts.candidate_order': 'retriever'},
+            )
+        ),
         (
             {
                 'finetune.objective': 'listwise',

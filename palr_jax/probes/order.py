@@ -83,7 +83,7 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
         filled = items[u][items[u] >= 0]
         answers = tuple(encoder.reply(int(item)) for item in filled)
         for k in range(shuffles):
-            seed = [*order_seed(config, user), k] if k else order_seed(config, user)
+            seed = order_seed(config, user, k)
             prompt, listed = ranking_prompt(encoder, prompts, history, profile, filled, seed)
             queries.append(Query(prompt.tokens, answers))
             prior, _ = ranking_prompt(encoder, prompts, history[:0], nobody, filled, seed)
@@ -121,8 +121,9 @@ def measure(orders: Orders, *, resamples: int, seed: int) -> dict[str, Any]:
       'top1_differs': share of the orders 2 … K whose winner is not that of the first, with what
       random scores would give; 'kendall_tau': tau-b, mean over all pairs of orders; 'slots': how
       often the winner stood in each slot, against uniform; 'thirds' of the list in which it stood;
-      'ndcg@10' of each order, their mean and (sample) standard deviation. Shares, tau and thirds
-      are means over users with 95 % intervals.
+      'ndcg@10' of each order, their mean and (sample) standard deviation, and of the scores' mean
+      over the orders, with its gain over that mean. Shares, tau, thirds and the gain are means over
+      users with 95 % intervals.
     """
     counts = (orders.items >= 0).sum(axis=1)  # [U'] n_u
     winners = np.argmax(orders.scores, axis=2)  # [U', K]
@@ -139,12 +140,13 @@ def measure(orders: Orders, *, resamples: int, seed: int) -> dict[str, Any]:
     for i, third in enumerate(THIRDS):
         uniform = np.mean([np.mean(np.arange(n) * 3 // n == i) for n in counts])
         thirds[third] = mean(np.mean(third_of_winner == i, axis=1)) | {'uniform': float(uniform)}
-    metric = np.array(
-        [
-            ndcg(rank_targets(orders.items, scores, orders.targets), 10).mean()
-            for scores in orders.scores.swapaxes(0, 1)
-        ]
-    )
+
+    def of_users(scores: np.ndarray) -> np.ndarray:
+        return ndcg(rank_targets(orders.items, scores, orders.targets), 10)
+
+    metrics = np.array([of_users(scores) for scores in orders.scores.swapaxes(0, 1)])  # [K, U']
+    metric = metrics.mean(axis=1)
+    averaged = of_users(orders.scores.mean(axis=1))
     return {
         'users': len(counts),
         'orders': won.shape[1],
@@ -159,6 +161,8 @@ def measure(orders: Orders, *, resamples: int, seed: int) -> dict[str, Any]:
             'of_orders': metric.tolist(),
             'mean': float(metric.mean()),
             'deviation': float(metric.std(ddof=1)),
+            'of_mean_scores': float(averaged.mean()),
+            'gain': mean(averaged - metrics.mean(axis=0)),
         },
     }
 
@@ -234,5 +238,7 @@ def table(found: dict[str, Any]) -> str:
         f'{"NDCG@10, mean over orders":<34}{metric["mean"]:>7.4f}  '
         f'{min(metric["of_orders"]):.4f} to {max(metric["of_orders"]):.4f}, deviation '
         f'{metric["deviation"]:.4f}',
+        f'{"NDCG@10 of the mean scores":<34}{metric["of_mean_scores"]:>7.4f}  '
+        'gain {mean:+.4f} [{ci95[0]:+.4f}, {ci95[1]:+.4f}]'.format(**metric['gain']),
     ]
     return '\n'.join(lines)

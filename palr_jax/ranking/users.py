@@ -215,6 +215,18 @@ def read_scores(path: epath.PathLike) -> Scores:
     return Scores(**arrays, seconds=seconds, computed=computed)
 
 
+def mean_scores(several: Sequence[Scores]) -> Scores:
+    """The mean of what was said of the same candidates under several prompts, and all its time."""
+    first, count = several[0], len(several)
+    sums = np.where(first.items >= 0, sum(scores.sums for scores in several) / count, -np.inf)
+    return dataclasses.replace(
+        first,
+        sums=sums.astype(np.float32),
+        seconds=sum(scores.seconds for scores in several),
+        computed=sum(scores.computed for scores in several),
+    )
+
+
 def _stored(path: epath.Path, identity: str) -> Scores | None:
     if not path.exists() or str(storage.read_arrays(path)['identity']) != identity:
         return None

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,13 +12,16 @@ import pytest
 from palr_jax import pipeline, storage
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
-from palr_jax.llm_input import make_queries
+from palr_jax.llm_input import queries_of
 from palr_jax.probes import invariance, memory, order
 from palr_jax.probes.finished import open_run
+from palr_jax.ranking.users import make_query
+from palr_jax.recommend import rank_candidates
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
+ORDERS = ('', '_order1', '_order2')
 
 
 @pytest.fixture(scope='module')
@@ -114,10 +118,45 @@ def test_what_the_ranking_takes_off_is_taken_off_in_every_order(workdir):
     run.project.config.ranking.normalize = 'prior'
     prior = order.score_orders(run, users, items, 2).scores
     assert np.abs(prior - found.scores).max() > 1e-3
-    _, _, queries = make_queries(run.project, 'test', of_user=False)
-    chosen = [queries[row] for row in rows]
-    without = tuned['sums'][rows] - run.score('prior', chosen)
+    nobody, _ = queries_of(run.project, 'test', users, items, of_user=False)
+    without = tuned['sums'][rows] - run.score('prior', nobody)
     np.testing.assert_allclose(prior[:, 0], without, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_of_several_orders_ranks_by_their_mean(workdir, tmp_path):
+    """Less the prior, in the ranking and in a recommendation."""
+    config = open_run(workdir, 'llm').project.config
+    config.ranking.update({'orders': 3, 'normalize': 'prior'})
+    again = tmp_path / 'run'
+    shutil.copytree(workdir, again, ignore=shutil.ignore_patterns('ranking', 'probes'))
+    pipeline.run(config, again, overwrite=True)
+    run = open_run(again, 'llm')
+    users, items = run.sample(4, 50)
+    of_orders = order.score_orders(run, users, items, 3).scores
+    scores = run.project.llm_scores('llm', 'test')
+    rows = np.searchsorted(scores.users, users)
+    kept = scores.normalized('prior')[rows]
+    np.testing.assert_allclose(kept, of_orders.mean(axis=1), atol=1e-4)
+    assert np.abs(kept - of_orders[:, 0]).max() > 1e-3
+    names = {path.name for path in (again / 'ranking').glob('llm*_valid.npz')}
+    assert names == {f'llm{prior}{k}_valid.npz' for prior in ('', '_prior') for k in ORDERS}
+
+    def recommended(orders, history):
+        run.project.config.ranking.orders = orders
+        return rank_candidates(run.project, *run.model, history, items[0])[0]
+
+    history = run.project.dataset.split.history(users[0], 'test')
+    mean = recommended(3, history)
+    alone = recommended(1, history)
+    assert np.abs(mean - alone).max() > 1e-3
+    asked = [
+        make_query(run.project.encoder, config.prompts, of, profile, items[0], [0, 5, *further])[0]
+        for further in ([], [1], [2])
+        for of, profile in zip([history, history[:0]], run.project.profiles([history.tolist(), []]))
+    ]
+    with_user, without = run.score('recommended', asked).reshape(3, 2, -1).mean(axis=0)
+    np.testing.assert_allclose(mean, with_user - without, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -49,6 +49,7 @@ def test_a_scorer_that_ignores_the_order():
     # The target is item 3, always third: 1 / log2(4).
     assert found['ndcg@10']['of_orders'] == pytest.approx([0.5] * 6)
     assert found['ndcg@10']['deviation'] == pytest.approx(0)
+    assert found['ndcg@10']['gain']['ci95'] == pytest.approx([0, 0])
     assert found['targets_listed'] == 1
 
 
@@ -80,6 +81,9 @@ def test_users_with_fewer_candidates_by_hand():
     first, second = 1 / np.log2(3) / 2, 1 / 2
     assert found['ndcg@10']['of_orders'] == pytest.approx([first, second])
     assert found['ndcg@10']['deviation'] == pytest.approx((second - first) / np.sqrt(2))
+    # Their mean scores are 2, 2.5 and 1.5: the target is first.
+    assert found['ndcg@10']['of_mean_scores'] == pytest.approx(1 / 2)
+    assert found['ndcg@10']['gain']['mean'] == pytest.approx(1 / 2 - (first + second) / 2)
     # Slots 1 and 2 of two are the first and the middle third.
     assert [found['thirds'][t]['mean'] for t in found['thirds']] == [0.75, 0.25, 0]
 
@@ -102,6 +106,6 @@ def test_the_chi_square_of_slots_by_hand():
 def test_the_table_fits_a_terminal():
     found = measure(random_orders(20, 3, 50, lambda slot, _: -slot), **SETTINGS)
     lines = table({'system': 'llm_zero_shot'} | found).splitlines()
-    assert len(lines) == 9
+    assert len(lines) == 10
     assert max(map(len, lines)) <= 80
     assert 'winners that stood in slot 1' in table({'system': 'llm'} | found)
