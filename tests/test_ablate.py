@@ -159,7 +159,7 @@ def test_added_variants_run_alone_and_a_failing_one_stops_nothing(finished, base
     before = {p: p.stat().st_mtime_ns for p in workdir.glob('stages/*/stage.json')}
     more = {
         'broken': {'prompts.length': 30, 'finetune.length': 60},
-        'sum': {'ranking.normalize': 'sum'},
+        'learned': {'ranking.normalize': 'untuned'},
         'users_100': {'tasks.users': 1.0, 'finetune.steps': 1},
     }
     opened = make(base, VARIANTS | more)
@@ -174,15 +174,20 @@ def test_added_variants_run_alone_and_a_failing_one_stops_nothing(finished, base
         'error': failed['broken'],
     }
     assert 'broken failed: ' in (workdir / 'report' / 'study.md').read_text()
-    assert of_name(found, 'users_100')['status'] == of_name(found, 'sum')['status'] == 'finished'
+    assert [of_name(found, name)['status'] for name in ('users_100', 'learned')] == ['finished'] * 2
     assert {p: p.stat().st_mtime_ns for p in before} == before
     made = {p.parent.name.split('-')[0] for p in workdir.glob('stages/*/stage.json')} - {
         p.parent.name for p in before
     }
     assert made <= {'data', 'retrieval', 'finetune', 'ranking'}
-    assert len(list(workdir.glob('stages/finetune-*/stage.json'))) == 3  # and not of `sum`
+    assert len(list(workdir.glob('stages/finetune-*/stage.json'))) == 3  # and not of `learned`
     # The untuned model's scores serve users_100 too, which differs in the tuning alone.
     assert len(list(workdir.glob('stages/untuned-*/llm_zero_shot_test.npz'))) == 4
+    learned = Project(opened.variants[4].config, workdir / 'variants' / 'learned')
+    for part in ('valid', 'test'):  # the one that is fused needs both parts of both
+        tuned, untuned = (learned.sums(name, part).sums for name in ('llm', 'llm_zero_shot'))
+        assert (tuned != untuned).any()
+        np.testing.assert_array_equal(learned.llm_scores('llm', part).sums, tuned - untuned)
     for name in ('byte', 'no_profile'):
         ours, theirs = (of_name(f, name) for f in (found, finished[1]))
         for role, row in theirs['systems'].items():
