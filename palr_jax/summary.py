@@ -222,7 +222,8 @@ def prompt_notes(config: ConfigDict) -> list[str]:
         }
         how += less.get(ranking.normalize, f' per {ranking.normalize}.')
     if prompts.candidates:
-        how += f' The prompt lists the candidates in {prompts.candidate_order} order.'
+        how += f' The prompt lists the candidates in {prompts.candidate_order} order'
+        how += f', scores are means over {ranking.orders} such.' if ranking.orders > 1 else '.'
     notes.append(how)
     weight, less_untuned = config.finetune.retriever_weight, config.finetune.less_untuned
     if weight or less_untuned:

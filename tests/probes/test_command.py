@@ -17,6 +17,7 @@ from palr_jax.probes import invariance, memory, order
 from palr_jax.probes.finished import open_run
 from palr_jax.ranking.users import make_query
 from palr_jax.recommend import rank_candidates
+from palr_jax.summary import prompt_notes
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
 
@@ -131,6 +132,7 @@ def test_a_run_of_several_orders_ranks_by_their_mean(workdir, tmp_path):
     again = tmp_path / 'run'
     shutil.copytree(workdir, again, ignore=shutil.ignore_patterns('ranking', 'probes'))
     pipeline.run(config, again, overwrite=True)
+    assert any('scores are means over 3 such' in note for note in prompt_notes(config))
     run = open_run(again, 'llm')
     users, items = run.sample(4, 50)
     of_orders = order.score_orders(run, users, items, 3).scores
