@@ -48,9 +48,13 @@ def lora_spec(config: ConfigDict) -> lora.LoraSpec:
     )
 
 
-def order_seed(config: ConfigDict, user: int, order: int = 0) -> list[int]:
-    """Of the order in which a user's prompt lists the candidates, the first or a further one."""
-    return [config.seed, 5, int(user), *([order] if order else [])]
+def order_seed(config: ConfigDict, user: int | None, order: int = 0) -> list[int]:
+    """Of the order in which a user's prompt lists the candidates, the first or a further one.
+
+    `user` is None for the history of somebody who is not in the data.
+    """
+    whose = [] if user is None else [int(user)]
+    return [config.seed, 5, *whose, *([order] if order else [])]
 
 
 def ranked_users(project: 'Project', part: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from palr_jax.config import restore
 from palr_jax.data import Catalogue
 from palr_jax.errors import InputError
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.project import Project
+from palr_jax.project import Project, order_seed
 from palr_jax.ranking.answers import LINES, score_places
 from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.fuse import fuse
@@ -103,17 +103,21 @@ def rank_candidates(
     config, encoder = project.config, project.encoder
     ranking, model = config.ranking, project.checkpoint.config
 
-    def ask(of: np.ndarray, order: int = 0) -> Query:
+    def ask(of: np.ndarray) -> list[Query]:
         (profile,) = project.profiles([of.tolist()])
-        seed = [config.seed, 5, *([order] if order else [])]
-        return make_query(encoder, config.prompts, of, profile, items, seed)[0]
+        return [
+            make_query(
+                encoder, config.prompts, of, profile, items, order_seed(config, None, order)
+            )[0]
+            for order in range(ranking.orders)
+        ]
 
     if ranking.mode == 'generate':
         writer = make_writer(model, spec, jnp.dtype(config.model.dtype), None, number=LINES)
         ((_, places, _),) = place_queries(
             writer,
             params,
-            [ask(history)],
+            ask(history),
             encoder.line_break,
             number=LINES,
             batch_size=1,
@@ -122,8 +126,7 @@ def rank_candidates(
         )
         return score_places(places, np.ones(places.shape, bool))
 
-    def score(of: np.ndarray, params: dict[str, Any], spec: LoraSpec | None) -> Scores:
-        queries = [ask(of, order) for order in range(ranking.orders)]
+    def score(queries: list[Query], params: dict[str, Any], spec: LoraSpec | None) -> Scores:
         found = score_queries(
             project.scorer(spec),
             params,
@@ -137,11 +140,12 @@ def rank_candidates(
             [Scores.of_queries(items[None], [queries[i]], encoder, sums) for (i,), sums in found]
         )
 
-    scores = score(history, params, spec)
+    queries = ask(history)
+    scores = score(queries, params, spec)
     if ranking.normalize == 'prior':
-        scores = scores.less(score(history[:0], params, spec))
+        scores = scores.less(score(ask(history[:0]), params, spec))
     if ranking.normalize == 'untuned' and params is not project.base:
-        scores = scores.less(score(history, project.base, None))
+        scores = scores.less(score(queries, project.base, None))
     return scores.normalized(ranking.normalize)
 
 
