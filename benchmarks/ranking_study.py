@@ -48,34 +48,27 @@ def ml100k() -> ConfigDict:
     return config
 
 
-def ml1m() -> ConfigDict:
-    """The strong retriever, and for the lists of training two with a third of its epochs."""
-    config = runpy.run_path(str(CONFIGS / 'ml1m.py'))['get_config']('strong')
-    config.tasks.users = 0.5
-    config.tasks.folds = 2
-    config.tasks.retriever_epochs = 8
-    config.tasks.examples_per_user = 20
-    config.finetune.decay_steps = config.finetune.steps = 500
+def strong(name: str, retriever_epochs: int, steps: int) -> ConfigDict:
+    """The strong retriever, and for the lists of training two of fewer epochs."""
+    config = runpy.run_path(str(CONFIGS / f'{name}.py'))['get_config']('strong')
+    config.tasks.update({'users': 0.5, 'folds': 2, 'examples_per_user': 20})
+    config.tasks.retriever_epochs = retriever_epochs
+    config.finetune.decay_steps = config.finetune.steps = steps
     return config
+
+
+def ml1m() -> ConfigDict:
+    return strong('ml1m', retriever_epochs=8, steps=500)
 
 
 def beauty() -> ConfigDict:
-    config = runpy.run_path(str(CONFIGS / 'beauty.py'))['get_config']('strong')
+    config = strong('beauty', retriever_epochs=12, steps=350)
     config.prompts.item = 'title'  # an id costs as many tokens and says nothing
     config.prompts.title_words = 16
-    config.tasks.users = 0.5
-    config.tasks.folds = 2
-    config.tasks.retriever_epochs = 12
-    config.tasks.examples_per_user = 20
-    config.finetune.decay_steps = config.finetune.steps = 350
     return config
 
 
-DATA = {
-    'ml100k': ml100k,
-    'ml1m': ml1m,
-    'beauty': beauty,
-}
+DATA = {'ml100k': ml100k, 'ml1m': ml1m, 'beauty': beauty}
 # How lists are learned: alone, beside the retriever, or beside it and less the untuned model. The
 # weight .5 makes the choices in the training lists likeliest (MovieLens-1M).
 LISTS = {
@@ -98,6 +91,16 @@ VARIANTS = {
     'residual-index': ('residual', 'index', 'index'),
     'boosted-title': ('boosted', 'title', 'title'),
 }
+
+
+def base_config(data: str, path: str | None, batch_size: int) -> ConfigDict:
+    """What all variants have in common."""
+    base = DATA[data]()
+    base.model.update({'dtype': 'bfloat16', 'matmul_precision': 'default'})
+    if path:
+        base.data.path = path
+    base.ranking.update({'batch_size': batch_size, 'max_shapes': 2})
+    return base
 
 
 def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> ConfigDict:
@@ -134,8 +137,7 @@ def run_variant(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs a variant in `workdir/NAME`, with what others have done already."""
     learned, mode, answer = VARIANTS[name]
     folder = workdir / name
-    for stage in BASE:
-        copy(workdir / 'base' / stage, folder / stage)
+    copy_base(base, workdir, folder)
     if learned:
         untuned = workdir / f'zero-{mode}' / 'ranking'
         for path in untuned.glob('llm_zero_shot*.npz'):
@@ -148,6 +150,15 @@ def run_variant(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
             if path.exists():
                 copy(path, folder / lists)
     return pipeline.run(configure(base, learned, mode, answer), folder)
+
+
+def copy_base(base: ConfigDict, workdir: Path, folder: Path) -> None:
+    """Gives `folder` the data and the retriever that all share, made in WORKDIR/base if need be."""
+    config = base.copy_and_resolve_references()
+    config.stages = BASE
+    pipeline.run(config, workdir / 'base')
+    for stage in BASE:
+        copy(workdir / 'base' / stage, folder / stage)
 
 
 def copy(source: Path, target: Path) -> None:
@@ -252,16 +263,9 @@ def main() -> None:
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
 
-    base = DATA[arguments.data]()
-    base.model.update({'dtype': 'bfloat16', 'matmul_precision': 'default'})
-    if arguments.path:
-        base.data.path = arguments.path
+    base = base_config(arguments.data, arguments.path, arguments.batch_size)
     base.ranking.update({'users': arguments.users, 'valid_users': arguments.valid_users})
-    base.ranking.update({'batch_size': arguments.batch_size, 'max_shapes': 2})
     base.ranking.orders = arguments.orders
-    first = base.copy_and_resolve_references()
-    first.stages = BASE
-    pipeline.run(first, arguments.workdir / 'base')
     results = storage.read_json(arguments.out) if arguments.out.exists() else {}
     for name in arguments.variants.split(','):
         found = {'report': run_variant(name, base, arguments.workdir)}

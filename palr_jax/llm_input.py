@@ -13,11 +13,10 @@ from palr_jax.errors import InputError
 from palr_jax.finetune.input import Tokens, encode_example
 from palr_jax.finetune.lists import Choice, encode_choice
 from palr_jax.parallel import distributed
-from palr_jax.progress import Progress
 from palr_jax.project import Project, order_seed, ranked_users, read_candidates
 from palr_jax.prompts.tasks import Example, affinity, make_examples, relist, split_users
 from palr_jax.ranking.score import Query
-from palr_jax.ranking.users import make_query
+from palr_jax.ranking.users import make_query, score_users
 from palr_jax.stages import training_retrieval
 
 
@@ -135,25 +134,44 @@ def encode_examples(project: Project, examples: Sequence[Example]) -> list[Token
     config = project.config.finetune
     to_choice = functools.partial(encode_choice, retriever_weight=config.retriever_weight)
     encode = encode_example if config.objective == 'sft' else to_choice
-    encoded = [
+    return [
         encode(example, project.encoder, profile, config.length)
         for example, profile in zip(examples, example_profiles(project, examples))
     ]
-    return less_untuned(project, encoded) if config.less_untuned else encoded
 
 
-def less_untuned(project: Project, choices: Sequence[Choice]) -> list[Choice]:
-    """The lists with what the untuned model says of their candidates taken off as offsets."""
+def less_untuned(
+    project: Project, name: str, examples: Sequence[Example], choices: Sequence[Choice]
+) -> list[Choice]:
+    """The lists of `examples` with what the untuned model says of them taken off as offsets.
+
+    What it says is kept in `finetune/untuned_NAME.npz`, where an interrupted run goes on.
+    """
+    widest = max((len(example.candidates) for example in examples), default=0)
+    items = np.full((len(examples), widest), -1, np.int32)
+    for row, example in zip(items, examples):
+        row[: len(example.candidates)] = example.candidates
+    scores = score_users(
+        f'untuned, {name}',
+        np.array([example.user for example in examples]),
+        items,
+        [choice.query for choice in choices],
+        project.encoder,
+        project.scorer(None),
+        project.base,
+        project.config.ranking,
+        max_positions=project.checkpoint.config.max_positions,
+        path=project.folder('finetune') / f'untuned_{name}.npz',
+        identity='',  # of this config's base model: a changed one is refused
+        unit='lists',
+    )
     temperature = project.config.finetune.temperature
-    offset = list(choices)
-    with Progress('lists, untuned', len(choices), 'lists') as progress:
-        for indices, sums in project.base_scores([choice.query for choice in choices]):
-            for i, said in zip(indices, sums):
-                offsets = choices[i].offsets
-                offsets = offsets - said[: len(offsets)] / temperature
-                offset[i] = dataclasses.replace(choices[i], offsets=offsets)
-            progress.update(len(indices))
-    return offset
+    return [
+        dataclasses.replace(
+            choice, offsets=choice.offsets - said[: len(choice.offsets)] / temperature
+        )
+        for choice, said in zip(choices, scores.sums)
+    ]
 
 
 def example_profiles(project: Project, examples: Sequence[Example]) -> list[tuple[str, ...]]:
@@ -217,6 +235,7 @@ def queries_of(
             profile,
             candidates[candidates >= 0],
             seed=order_seed(config, user, order),
+            name=f'User {project.dataset.user_ids[user]}',
         )
         for user, history, profile, candidates in zip(users, histories, profiles, items)
     ]

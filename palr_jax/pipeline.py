@@ -31,7 +31,13 @@ from palr_jax.evaluation import TargetRanks, rank_targets
 from palr_jax.finetune.train import Program, answer_losses, choice_losses, train
 from palr_jax.fusion import choose_fusion
 from palr_jax.llama import export, hf, lora, peft
-from palr_jax.llm_input import encode_examples, make_lessons, make_queries, queries_of
+from palr_jax.llm_input import (
+    encode_examples,
+    less_untuned,
+    make_lessons,
+    make_queries,
+    queries_of,
+)
 from palr_jax.parallel import distributed, rules
 from palr_jax.project import (
     Project,
@@ -218,6 +224,9 @@ def finetune(project: Project) -> None:
     config, mesh = project.config, project.mesh
     lessons = make_lessons(project)
     examples, held_out = (encode_examples(project, e) for e in (lessons.examples, lessons.held_out))
+    if config.finetune.less_untuned:
+        examples = less_untuned(project, 'training', lessons.examples, examples)
+        held_out = less_untuned(project, 'held_out', lessons.held_out, held_out)
     users = len({example.user for example in lessons.examples})
     logging.info('finetune: %d examples of %d users', len(examples), users)
 

@@ -102,14 +102,13 @@ def rank_candidates(
     """[1, C] what the LLM says of the `items` [C] for a history."""
     config, encoder = project.config, project.encoder
     ranking, model = config.ranking, project.checkpoint.config
+    seeds = [order_seed(config, None, order) for order in range(ranking.orders)]
 
     def ask(of: np.ndarray) -> list[Query]:
         (profile,) = project.profiles([of.tolist()])
         return [
-            make_query(
-                encoder, config.prompts, of, profile, items, order_seed(config, None, order)
-            )[0]
-            for order in range(ranking.orders)
+            make_query(encoder, config.prompts, of, profile, items, seed, name='--history')[0]
+            for seed in seeds
         ]
 
     if ranking.mode == 'generate':

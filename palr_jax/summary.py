@@ -123,10 +123,11 @@ def ranked_runs(project: Project, full: list[Run], scored: Mapping[str, Scored])
         rows = np.searchsorted(users, found.users)
         targets = project.dataset.split.targets('test')[found.users]
         ranks = rank_targets(found.items, found.scores, targets, found.users)
-        lists = np.full((len(users), LISTED), -1, np.int32)
-        lists[rows] = evaluation.top_items(
-            found.items, found.scores, found.users, LISTED, seed=config.seed
-        )
+        lists = None  # of some users alone, who are no sample: nothing to set beside the others'
+        if len(found.users) == len(users):
+            lists = evaluation.top_items(
+                found.items, found.scores, found.users, LISTED, seed=config.seed
+            )
         runs[system] = Run(
             system,
             users,
@@ -190,7 +191,10 @@ def ranking_notes(project: Project, fusion: dict[str, Any], llm: Scores | Answer
         f'the same way: {others}.'
     ]
     if project.config.ranking.skip_misses:
-        notes.append('Users whose target was not retrieved count as misses and were not scored.')
+        notes.append(
+            'Users whose target was not retrieved count as misses and were not scored. They have '
+            'no lists: coverage, novelty and diversity are of popularity and the retriever alone.'
+        )
     return notes
 
 

@@ -17,12 +17,14 @@ from palr_jax import pipeline, storage
 from palr_jax.config import default_config, restore
 from palr_jax.data import read
 from palr_jax.errors import InputError
-from palr_jax.llm_input import make_lessons
+from palr_jax.llm_input import encode_examples, less_untuned, make_lessons, make_queries
 from palr_jax.project import Project
+from palr_jax.ranking import users
 from palr_jax.ranking.fuse import standardize
 from palr_jax.ranking.users import read_scores
 from palr_jax.recommend import find_items, rank_candidates, recommend, retrieve_for
 from palr_jax.stages import flatten
+from palr_jax.summary import BASE
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
 
@@ -208,7 +210,7 @@ def test_ranking_continues_with_the_users_not_yet_scored(finished, inputs, tmp_p
     (workdir / 'ranking' / 'stage.json').unlink()
     with caplog.at_level(logging.INFO):
         pipeline.run(small_config(inputs), workdir)
-    assert [r.args[1] for r in caplog.records if 'users in %d shapes' in r.msg] == [4]
+    assert [r.args[1] for r in caplog.records if 'in %d shapes' in r.msg] == [4]
     np.testing.assert_allclose(storage.read_arrays(path)['sums'], before['sums'], atol=1e-4)
 
 
@@ -324,8 +326,33 @@ def test_lists_of_retrieved_candidates_are_learned(inputs, tmp_path):
         for metric in ('HR@1', 'HR@10', 'NDCG@10', 'MRR'):
             if system != 'fused_shuffled':  # other users take part in the shuffle
                 assert again[system][metric] == pytest.approx(rows[system][metric], abs=1e-6)
+        of_lists = [found[system]['coverage@10'] is None for found in (rows, again)]
+        assert of_lists == [system not in ('popularity', 'retriever'), False], system
     catalogue = read(tmp_path / 'data').catalogue
     assert len(recommend(tmp_path, [catalogue.titles[3], catalogue.titles[5]], 3)) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mode', ['title', 'generate'])
+def test_nobody_is_ranked_where_no_target_was_retrieved(inputs, tmp_path, mode):
+    """Every user is a miss of every system, as he would be if he were scored."""
+    config = small_config(inputs)
+    config.stages = ('data', 'retrieval')
+    pipeline.run(config, tmp_path)
+    config.stages += ('ranking', 'report')
+    config.ranking.update({'mode': mode, 'candidates': 1, 'skip_misses': True})
+    config.ranking.update({'users': 1, 'valid_users': 1})
+    project = Project(config, tmp_path)
+
+    def missed(part, seed):
+        config.ranking.users_seed = seed
+        return not len(make_queries(project, part)[0])
+
+    config.ranking.users_seed = next(seed for seed in range(50) if missed('test', seed))
+    assert missed('valid', config.ranking.users_seed)
+    rows = of_users(pipeline.run(config, tmp_path))
+    assert {row['HR@10'] for system, row in rows.items() if system not in BASE} == {0.0}
+    assert storage.read_json(tmp_path / 'ranking' / 'fusion.json')['fused']['weight'] == 0
 
 
 @pytest.mark.slow
@@ -341,7 +368,9 @@ def test_lists_can_come_from_co_visitation_whatever_the_retriever_is(inputs, fin
 
 
 @pytest.mark.long
-def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(inputs, tmp_path):
+def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(
+    inputs, tmp_path, monkeypatch
+):
     """Before the first step a list's scores are the retriever's alone, as they are tuned for."""
     config = small_config(inputs)
     config.finetune.update({'objective': 'listwise', 'temperature': 2.0})
@@ -356,6 +385,14 @@ def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(input
         shares = np.exp(logits) / np.exp(logits).sum()
         chosen = np.isin(example.candidates, example.targets)
         assert loss == pytest.approx(-np.log(shares[chosen]).mean(), abs=1e-5)
+    examples = make_lessons(project).examples
+    choices = encode_examples(project, examples)
+    with monkeypatch.context() as patches:  # a run that goes on does not ask the model again
+        patches.setattr(users, 'score_queries', None)
+        kept = less_untuned(project, 'training', examples, choices)
+    said = read_scores(tmp_path / 'finetune' / 'untuned_training.npz').sums
+    for choice, offset, sums in zip(choices, kept, said, strict=True):
+        np.testing.assert_allclose(offset.offsets, choice.offsets - sums / 2.0, rtol=1e-6)
     for part in ('valid', 'test'):
         tuned, untuned = (
             read_scores(tmp_path / 'ranking' / f'{name}_{part}.npz').sums

@@ -115,7 +115,8 @@ def encode_choice(
     if retriever_weight:
         offsets += retriever_weight * standardize(np.array([example.scores]))[0]
     targets = np.isin(example.candidates, example.targets)
-    return Choice(Query(prompt.tokens, answers), targets, offsets)
+    query = Query(prompt.tokens, answers, f'A list of dense user {example.user}')
+    return Choice(query, targets, offsets)
 
 
 class ListBatches:

@@ -9,7 +9,7 @@ The order of the candidates in the prompt is not among these: an LLM reads it (`
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import jax
@@ -101,7 +101,7 @@ def try_changes(run: Finished, queries: Sequence[Query], unit: str, allowed: flo
     block = run.score(
         'order of the block',
         [
-            Query(query.prompt, tuple(query.candidates[c] for c in order))
+            replace(query, candidates=tuple(query.candidates[c] for c in order))
             for query, order in zip(queries, shuffled)
         ],
         **settings,

@@ -82,12 +82,13 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
     for u, (user, history, profile) in enumerate(zip(users, histories, profiles)):
         filled = items[u][items[u] >= 0]
         answers = tuple(encoder.reply(int(item)) for item in filled)
+        name = f'User {project.dataset.user_ids[user]}'
         for k in range(shuffles):
             seed = order_seed(config, user, k)
             prompt, listed = ranking_prompt(encoder, prompts, history, profile, filled, seed)
-            queries.append(Query(prompt.tokens, answers))
+            queries.append(Query(prompt.tokens, answers, name))
             prior, _ = ranking_prompt(encoder, prompts, history[:0], nobody, filled, seed)
-            priors.append(Query(prior.tokens, answers))
+            priors.append(Query(prior.tokens, answers, name))
             slots[u, k, : len(filled)] = [listed.index(item) for item in filled]
     repeated = np.repeat(items, shuffles, axis=0)
 

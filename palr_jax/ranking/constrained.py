@@ -117,13 +117,13 @@ def place_queries(
         raise InputError(f'Answers of {number} titles are asked for; allowed: 1 or more.')
     if not queries:
         return
-    answers = [_titles(query, i, line_break) for i, query in enumerate(queries)]
+    answers = [_titles(query, query.label(i), line_break) for i, query in enumerate(queries)]
     lengths = [sorted(map(len, titles), reverse=True) for titles, _ in answers]
     longest = [sum(of_one[:number]) for of_one in lengths]
     for i, (query, extra) in enumerate(zip(queries, longest)):
         if len(query.prompt) + extra > max_positions:
             raise InputError(
-                f'Query {i}: the prompt has {len(query.prompt)} tokens and an answer of '
+                f'{query.label(i)}: the prompt has {len(query.prompt)} tokens and an answer of '
                 f'{min(number, len(lengths[i]))} titles up to {extra}; the model reads '
                 f'{max_positions}.'
             )
@@ -142,8 +142,8 @@ def place_queries(
         for row, i in enumerate(indices):
             if NOT_FINITE in written[row]:
                 raise InputError(
-                    f'Query {i}: the logits are not finite; check the weights, and that tokenizer '
-                    'and model belong together.'
+                    f'{queries[i].label(i)}: the logits are not finite; check the weights, and '
+                    'that tokenizer and model belong together.'
                 )
             places[row, : len(queries[i].candidates)] = written[row][answers[i][1]]
         yield indices, places, batch_size * (length + READ * int(passes))
@@ -293,22 +293,22 @@ def write_certain(line: Line, titles: Titles, number: int) -> Line:
 
 
 def _titles(
-    query: Query, number: int, line_break: np.ndarray
+    query: Query, label: str, line_break: np.ndarray
 ) -> tuple[list[tuple[int, ...]], np.ndarray]:
     """A query's different titles with the line break, and the one of each candidate, [C]."""
     if len(query.prompt) == 0:
-        raise InputError(f'Query {number} has an empty prompt; at least 1 token is needed.')
+        raise InputError(f'{label} has an empty prompt; at least 1 token is needed.')
     if not query.candidates:
-        raise InputError(f'Query {number} has no candidates; at least 1 is needed.')
+        raise InputError(f'{label} has no candidates; at least 1 is needed.')
     if any(len(answer) == 0 for answer in query.candidates):
-        raise InputError(f'Query {number} has a candidate of no tokens; at least 1 is needed.')
+        raise InputError(f'{label} has a candidate of no tokens; at least 1 is needed.')
     distinct, of_candidates = distinct_answers(query)
     titles = [(*answer, *line_break.tolist()) for answer in distinct]
     in_order = sorted(titles)
     for title, following in itertools.pairwise(in_order):
         if following[: len(title)] == title:
             raise InputError(
-                f'Query {number}: a candidate of {len(title) - len(line_break)} tokens, with the '
+                f'{label}: a candidate of {len(title) - len(line_break)} tokens, with the '
                 'line break, is the beginning of another; allowed: candidates that a closing quote '
                 'or the line break ends.'
             )

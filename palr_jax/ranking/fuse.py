@@ -92,16 +92,16 @@ def choose_weight(
         not scored; U' if None.
 
     Raises:
-      InputError: the grid lacks 0, or there is no validation user.
+      InputError: the grid lacks 0, or there is no validation user, not even an unscored one.
     """
     if 0 not in grid:
         raise InputError(
             f'ranking.fusion_weights is {tuple(grid)}; allowed: numbers with 0, the retriever '
             'alone, among them.'
         )
-    if not len(targets):
-        raise InputError('There is no validation user to choose the fusion weight on.')
     users = len(targets) if users is None else users
+    if not users:
+        raise InputError('There is no validation user to choose the fusion weight on.')
     means = {
         weight: float(
             ndcg(rank_targets(items, fuse(retriever, llm, weight), targets), 10).sum() / users

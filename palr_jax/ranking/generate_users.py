@@ -128,7 +128,8 @@ def generate_users(
         unknown = np.where(filled, np.nan, -np.inf).astype(np.float32)
         ones = np.ones(items.shape, np.int32)
         scores = Scores(users, items, unknown, ones, ones, seconds=0.0, computed=0)
-    todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1))
+    # Who has no candidate is refused below, and not left out.
+    todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1) | ~filled.any(axis=1))
     sums = scores.sums.copy()
     batches = place_queries(
         make_writer(model, lora, dtype, mesh, number=number),
@@ -157,7 +158,7 @@ def generate_users(
         storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(done))
         return done
 
-    return _run(name, len(users), todo, batches, take, save) or scores
+    return _run(name, len(users), todo, batches, take, save)
 
 
 def answer_users(
@@ -244,7 +245,7 @@ def answer_users(
         storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(done))
         return done
 
-    return _run(name, len(users), todo, batches, take, save) or stored
+    return _run(name, len(users), todo, batches, take, save)
 
 
 def read_answers(path: epath.PathLike) -> Answers:
@@ -266,7 +267,7 @@ def _run(
     batches: Iterable[tuple[np.ndarray, Any, int]],
     take: Callable[[np.ndarray, Any], None],
     save: Callable[[float, int], Result],
-) -> Result | None:
+) -> Result:
     """Takes the batches as they come and saves now and then; what was saved last.
 
     Args:
@@ -278,7 +279,7 @@ def _run(
       save: called with (seconds, tokens computed) since the beginning.
     """
     began = saved = time.monotonic()
-    computed, result = 0, None
+    computed, result = 0, None if len(todo) else save(0.0, 0)
     with Progress(name, total, 'users', done=total - len(todo)) as progress:
         for indices, got, tokens in batches:
             take(todo[indices], got)

@@ -47,10 +47,16 @@ class Query:
     Attributes:
       prompt: [l] int32, all of it before the answer, at least one token.
       candidates: the answer tokens of each candidate, at least one token each.
+      name: whose it is, as an error says it at the beginning of a sentence: 'User 196'.
     """
 
     prompt: np.ndarray
     candidates: tuple[np.ndarray, ...]
+    name: str = ''
+
+    def label(self, number: int) -> str:
+        """What an error calls it: its name or, without one, its `number` among the queries."""
+        return self.name or f'Query {number}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,9 +201,10 @@ def score_queries(
         wrong = filled & ~np.isfinite(sums)
         if wrong.any():
             row, c = np.argwhere(wrong)[0]
+            label = queries[indices[row]].label(indices[row])
             raise InputError(
-                f'Query {indices[row]}: the score of candidate {c} is {sums[row, c]}; allowed: a '
-                'finite number. Check the weights, and that tokenizer and model belong together.'
+                f'{label}: the score of candidate {c} is {sums[row, c]}; allowed: a finite number. '
+                'Check the weights, and that tokenizer and model belong together.'
             )
         yield indices, np.where(filled, sums, -np.inf)
 
@@ -244,7 +251,7 @@ def plan_groups(
     longest = max((len(tokens) for query in queries for tokens in query.candidates), default=0)
     row_length = max(row_length, -(-(longest - 1) // PROMPT_STEP) * PROMPT_STEP)
     for i, query in enumerate(queries):
-        _check(query, i, max_positions)
+        _check(query, query.label(i), max_positions)
         answers, _ = distinct_answers(query)
         beginnings[i] = begin = shared_beginning(answers)
         lengths[i] = -(-(len(query.prompt) + begin) // PROMPT_STEP) * PROMPT_STEP
@@ -394,16 +401,16 @@ def padding_share(queries: Sequence[Query], batches: Sequence[tuple[np.ndarray, 
     return 1.0 - useful / computed if computed else 0.0
 
 
-def _check(query: Query, number: int, max_positions: int) -> None:
+def _check(query: Query, label: str, max_positions: int) -> None:
     if len(query.prompt) == 0:
-        raise InputError(f'Query {number} has an empty prompt; at least 1 token is needed.')
+        raise InputError(f'{label} has an empty prompt; at least 1 token is needed.')
     if not query.candidates:
-        raise InputError(f'Query {number} has no candidates; at least 1 is needed.')
+        raise InputError(f'{label} has no candidates; at least 1 is needed.')
     for c, answer in enumerate(query.candidates):
         if len(answer) == 0:
-            raise InputError(f'Query {number}: candidate {c} has no tokens; at least 1 is needed.')
+            raise InputError(f'{label}: candidate {c} has no tokens; at least 1 is needed.')
         if len(query.prompt) + len(answer) > max_positions:
             raise InputError(
-                f'Query {number}: prompt and candidate {c} have '
+                f'{label}: prompt and candidate {c} have '
                 f'{len(query.prompt) + len(answer)} tokens; the model reads {max_positions}.'
             )

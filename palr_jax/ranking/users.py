@@ -96,6 +96,7 @@ def make_query(
     profile: Sequence[str],
     items: np.ndarray,
     seed: Sequence[int],
+    name: str = '',
 ) -> tuple[Query, int]:
     """One user's prompt and candidate answers: (query, items cut from the history).
 
@@ -106,9 +107,11 @@ def make_query(
       profile: the keywords of that history.
       items: [C] candidates, in the order that the scores shall have.
       seed: of the order in which the prompt shows the candidates.
+      name: of the query.
     """
     prompt, listed = ranking_prompt(encoder, config, history, profile, items, seed)
-    return Query(prompt.tokens, tuple(encoder.replies(items.tolist(), listed))), prompt.history_cut
+    answers = tuple(encoder.replies(items.tolist(), listed))
+    return Query(prompt.tokens, answers, name), prompt.history_cut
 
 
 def ranking_prompt(
@@ -143,6 +146,7 @@ def score_users(
     max_positions: int,
     path: epath.Path,
     identity: str,
+    unit: str = 'users',
 ) -> Scores:
     """Scores every query, continuing what `path` holds of the same work.
 
@@ -159,12 +163,16 @@ def score_users(
       path: where the scores are kept, written as they come.
       identity: of everything that the scores depend on; a file with another one, or of other
         users or candidates, is replaced.
+      unit: what the progress counts.
     """
     scores = Scores.of_queries(items, queries, encoder, users=users)
     stored = _stored(path, identity)
     if stored and np.array_equal(stored.users, users) and np.array_equal(stored.items, items):
         scores = stored
-    todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1))
+    elif not len(users):  # what reads the scores finds that there are none
+        storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(scores))
+    # Who has no candidate is refused below, and not left out.
+    todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1) | ~(items >= 0).any(axis=1))
     if not len(todo):
         return scores
     arguments = {
@@ -176,16 +184,17 @@ def score_users(
     pending = [queries[i] for i in todo]
     plan = plan_batches(pending, **arguments)
     logging.info(
-        '%s: %d users in %d shapes, %.0f %% of the computed tokens are padding',
+        '%s: %d %s in %d shapes, %.0f %% of the computed tokens are padding',
         name,
         len(todo),
+        unit,
         len({shape for _, shape in plan}),
         100 * padding_share(pending, plan),
     )
     sums = scores.sums.copy()
     seconds, computed = scores.seconds, scores.computed
     began = saved = time.monotonic()
-    with Progress(name, len(users), 'users', done=len(users) - len(todo)) as progress:
+    with Progress(name, len(users), unit, done=len(users) - len(todo)) as progress:
         for (indices, values), (_, shape) in zip(
             score_queries(scorer, params, pending, **arguments), plan
         ):

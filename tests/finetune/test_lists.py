@@ -244,9 +244,10 @@ def test_offsets_are_the_standardised_scores_of_the_retriever():
     tokenizer = tiny_tokenizer(titles)
     catalogue = Catalogue(('', *'abc'), titles, (None,) * 4, ((),) * 4)
     encoder = Encoder(catalogue, tokenizer, load_template('movies'), 'plain', 400)
-    example = Example(0, 'recommend_retrieval', (1,), (1,), (3, 2, 1), (2,), (3.0, 1.0, 2.0))
+    example = Example(7, 'recommend_retrieval', (1,), (1,), (3, 2, 1), (2,), (3.0, 1.0, 2.0))
     found = encode_choice(example, encoder, (), 400, retriever_weight=2.0)
     unit = 1.5**0.5
     np.testing.assert_allclose(found.offsets, [2 * unit, -2 * unit, 0], atol=1e-6)
     assert found.targets.tolist() == [False, True, False]
+    assert found.query.name == 'A list of dense user 7'
     assert not encode_choice(example, encoder, (), 400).offsets.any()

@@ -15,6 +15,7 @@ from palr_jax.data import resolve
 from palr_jax.errors import InputError
 from palr_jax.llama.load import load_model
 from palr_jax.llama.model import apply_logits
+from palr_jax.ranking.score import Query, make_scorer, score_queries
 from palr_jax.testing.llama import write_hf_folder
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
@@ -63,6 +64,38 @@ def test_logits_and_words_are_the_stored_ones_of_torch(model, greedy):
         np.testing.assert_allclose(logits[answer['top_ids']], answer['top_logits'], 0, atol=2e-3)
         assert greedy(prompt, len(answer['answer_ids'])) == answer['answer_ids']
         assert model.tokenizer.decode(answer['answer_ids']) == answer['answer']
+
+
+def test_one_pass_scores_are_the_likelihoods_of_whole_sequences(model):
+    """Prompt and titles in one pass, against every title behind the prompt on its own."""
+    titles = (
+        'Toy Story (1995)',
+        'Toy Story 2 (1999)',
+        'Heat (1995)',
+        "Schindler's List (1993)",
+        '2001: A Space Odyssey (1968)',
+    )
+    lines = '\n'.join(f'"{title}"' for title in titles)
+    prompt = model.tokenizer.encode(
+        '<|im_start|>user\nFilms that I liked, the latest last:\n"Aladdin (1992)"\n'
+        '"Lion King, The (1994)"\n"Babe (1995)"\nWhich of these would I like best?\n'
+        f'{lines}<|im_end|>\n<|im_start|>assistant\n'
+    )
+    answers = tuple(np.array(model.tokenizer.encode(f'"{title}"')) for title in titles)
+    [(_, [found])] = score_queries(
+        make_scorer(model.config, None),
+        model.params,
+        [Query(np.array(prompt), answers)],
+        batch_size=1,
+        row_length=32,
+        max_shapes=1,
+        max_positions=model.config.max_positions,
+    )
+    for score, answer in zip(found, answers, strict=True):
+        tokens = np.array([[*prompt, *answer]])
+        logits = apply_logits(model.params, model.config, tokens)[0, len(prompt) - 1 : -1]
+        each = np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
+        np.testing.assert_allclose(score, each.sum(), rtol=1e-4)
 
 
 def test_logits_and_first_words_are_those_of_torch_here(model, greedy, tmp_path):

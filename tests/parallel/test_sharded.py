@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from palr_jax.evaluation import hit_rate, rank_targets
 from palr_jax.finetune.input import Tokens, lay_out, stack
 from palr_jax.finetune.optimizer import make_optimizer
 from palr_jax.finetune.train import Program, answer_losses, init_state, make_step, train
@@ -16,7 +18,7 @@ from palr_jax.llama import lora, quantize
 from palr_jax.llama.lora import LoraSpec
 from palr_jax.parallel import rules
 from palr_jax.parallel.mesh import make_mesh, shard_rows, using
-from palr_jax.ranking.score import Query, Shape, make_batch, make_scorer
+from palr_jax.ranking.score import Query, Shape, make_batch, make_scorer, score_queries
 from palr_jax.testing.llama import random_params, tiny_config
 
 # Odd on purpose: 4 key-value heads and 97 words do not divide over a tensor axis of 8 or of 2.
@@ -43,7 +45,9 @@ OPTIMISER = ConfigDict(
 
 
 def mesh_of(sizes):
-    return make_mesh(ConfigDict(dict(zip(('data', 'fsdp', 'tensor'), sizes)) | {'slices': 1}))
+    """Over the first devices, as many as the sizes give."""
+    config = ConfigDict(dict(zip(('data', 'fsdp', 'tensor'), sizes)) | {'slices': 1})
+    return make_mesh(config, jax.devices()[: math.prod(sizes)])
 
 
 def base_params(kind):
@@ -149,6 +153,46 @@ def test_ranking_equals_that_of_one_device(name, kind):
     adapter = jax.tree.map(np.asarray, on_one_device('float32')[1])
     expected = scores(kind, None, adapter)
     np.testing.assert_allclose(scores(kind, mesh_of(MESHES[name]), adapter), expected, rtol=1e-5)
+
+
+@functools.cache
+def sums_of_three(sizes, batch_size):
+    """(indices of the queries, their sums [n, C]), the batches one after the other."""
+    mesh = sizes and mesh_of(sizes)
+    batches = score_queries(
+        make_scorer(MODEL, None, jnp.float32, mesh),
+        rules.shard(jax.tree.map(jnp.asarray, base_params('float32')), mesh, MODEL),
+        queries()[:3],
+        batch_size=batch_size,
+        row_length=16,
+        max_shapes=1,
+        max_positions=64,
+    )
+    indices, sums = zip(*batches)
+    return np.concatenate(indices), np.concatenate(sums)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('sizes', 'batch_size'),
+    [(None, 1), (None, 2), (None, 3), (None, 8)]
+    + [(sizes, n) for sizes in ((1, 1, 1), (2, 1, 1), (2, 2, 1)) for n in (4, 8)],
+)
+def test_e06_three_users_are_three_users(sizes, batch_size):
+    """E06: hits 1, 0 and 1 are 2/3 in batches of any size and on 1, 2 and 4 devices.
+
+    The mean of the means of batches of two would be 0.75; the users that fill a batch up are hits.
+    """
+    order, together = sums_of_three(None, 3)
+    expected = together[np.argsort(order)]
+    indices, sums = sums_of_three(sizes, batch_size)
+    assert sorted(indices.tolist()) == [0, 1, 2]
+    np.testing.assert_allclose(sums, expected[indices], rtol=1e-5)
+    best, worst = expected.argmax(axis=1), expected.argmin(axis=1)
+    items = np.tile(np.arange(1, 7), (3, 1))
+    targets = 1 + np.array([best[0], worst[1], best[2]])
+    hits = hit_rate(rank_targets(items, sums, targets[indices]), 1)
+    assert hits.mean() == pytest.approx(2 / 3)
 
 
 TUNING = OPTIMISER.copy_and_resolve_references()

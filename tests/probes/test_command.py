@@ -120,6 +120,8 @@ def test_what_the_ranking_takes_off_is_taken_off_in_every_order(workdir):
     prior = order.score_orders(run, users, items, 2).scores
     assert np.abs(prior - found.scores).max() > 1e-3
     nobody, _ = queries_of(run.project, 'test', users, items, of_user=False)
+    raw_ids = [run.project.dataset.user_ids[user] for user in users]
+    assert [query.name for query in nobody] == [f'User {raw_id}' for raw_id in raw_ids]
     without = tuned['sums'][rows] - run.score('prior', nobody)
     np.testing.assert_allclose(prior[:, 0], without, atol=1e-4)
 

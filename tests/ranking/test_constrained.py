@@ -4,6 +4,8 @@ The naive side shares the layers with the fast one, but no cache, no arrays of t
 of certain tokens: it writes one token at a time, line breaks too.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,6 +126,17 @@ def test_places_equal_those_of_the_naive_trie(params, expected):
     assert expected[4] != sorted(expected[4])
 
 
+def test_ten_of_a_thousand_titles(params):
+    """The longest list of candidates, beside a user who has one."""
+    rng = np.random.default_rng(3)
+    query = draw_query(rng, 40, rng.integers(4, 9, 1000), words=6)
+    assert len({answer[:3].tobytes() for answer in query.candidates}) == 36  # many begin alike
+    found, one = place(params, [query, draw_query(rng, 9, [4])], batch_size=2)
+    assert found == naive(params, query, (BREAK,), 10)
+    assert set(found) == set(range(11))
+    assert one == [1]
+
+
 def test_the_model_decides(params, expected):
     """Another prompt before the same candidates gives another order; no place is by position."""
     rng = np.random.default_rng(8)
@@ -232,13 +245,16 @@ def test_bad_requests(params):
     ):
         with pytest.raises(InputError, match=message):
             place(params, [good, query], number=2, max_positions=14)
+        named = dataclasses.replace(query, name='User 196')
+        with pytest.raises(InputError, match=message.replace('Query 1', 'User 196')):
+            place(params, [good, named], number=2, max_positions=14)
     with pytest.raises(InputError, match='Answers of 0 titles are asked for'):
         place(params, [good], number=0)
     unknown = Query(tokens(1, 2), (tokens(1), tokens(V), tokens(2)))
     with pytest.raises(InputError, match='Query 0: the logits are not finite; check the weights'):
         place(params, [unknown])
     broken = params | {'final_norm': {'scale': jnp.full(32, jnp.nan)}}
-    three = Query(good.prompt, (*good.candidates, tokens(3)))
-    with pytest.raises(InputError, match='Query 1: the logits are not finite; check the weights'):
+    three = Query(good.prompt, (*good.candidates, tokens(3)), 'User 196')
+    with pytest.raises(InputError, match='User 196: the logits are not finite; check the weights'):
         place(broken, [Query(good.prompt, good.candidates[:1]), three])
     assert place(params, []) == []

@@ -4,6 +4,7 @@ The naive side shares the layers with the one-pass side, but no packing, no shap
 layers themselves are checked against NumPy and torch under tests/llama.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -190,6 +191,24 @@ def test_shared_beginnings_equal_naive_scoring(params, scorer):
     np.testing.assert_array_equal(score(scorer, params, queries)[0], found[0][order])
 
 
+def test_a_thousand_candidates_equal_naive_scoring(params, scorer):
+    """C01: 40 beginnings, each an answer itself, with 24 answers that go on from it.
+
+    A user with one candidate is in the same batch: the shortest and the longest list.
+    """
+    rng = np.random.default_rng(12)
+    draw = lambda n: rng.integers(0, VOCABULARY, n).tolist()  # noqa: E731
+    beginnings = [[7, *draw(n)] for n in rng.integers(2, 8, 40)]
+    rests = [[], *(draw(n) for n in rng.integers(1, 8, 24))]
+    answers = [np.array(begin + rest) for begin in beginnings for rest in rests]
+    assert len({tuple(answer) for answer in answers}) == 1000
+    mixed = [answers[i] for i in rng.permutation(1000)]
+    queries = [Query(np.array(draw(30)), tuple(mixed)), draw_query(rng, 12, [5])]
+    found = score(scorer, params, queries, batch_size=2, row_length=64)
+    assert [len(row) for row in found] == [1000, 1]
+    assert_close(found, naive_scores(params, queries), atol=1e-4)
+
+
 def test_the_order_of_the_candidates_changes_no_bit(params, scorer):
     """With the prompt fixed; and equal answers tie exactly, wherever they stand (D03)."""
     first, *others = draw_queries()
@@ -332,6 +351,9 @@ def test_bad_queries_are_refused(params, scorer, query, message):
     good = Query(np.arange(14), (np.arange(2),))  # 16 tokens: just fits, though padded to more
     with pytest.raises(InputError, match=message):
         score(scorer, params, [good, query], max_positions=16)
+    named = dataclasses.replace(query, name='User 196')
+    with pytest.raises(InputError, match=message.replace('Query 1', 'User 196')):
+        score(scorer, params, [good, named], max_positions=16)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(params, scorer):

@@ -1,14 +1,20 @@
 """From sums of log-probabilities to scores, and the prompts that they belong to."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from etils import epath
+from ml_collections import ConfigDict
 
+from palr_jax import storage
 from palr_jax.config import default_config
 from palr_jax.data import Catalogue
+from palr_jax.errors import InputError
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.template import load_template
 from palr_jax.ranking.score import Query
-from palr_jax.ranking.users import Scores, make_query, ranking_prompt
+from palr_jax.ranking.users import Scores, make_query, ranking_prompt, score_users
 from palr_jax.testing.llama import tiny_tokenizer
 
 SHORT = 'M (1931)'
@@ -88,3 +94,46 @@ def test_duplicate_titles_tie_by_title_and_not_by_number(encoder):
     assert sorted(spelt) == ['1.', '2.', '3.']
     _, listed = ranking_prompt(numbered, config, np.array([2]), (), items, [0])
     assert [listed[int(text[:-1]) - 1] for text in spelt] == items.tolist()
+
+
+def test_a_continued_run_says_whose_query_is_wrong(encoder, tmp_path):
+    """Of four users the first two are scored, so the last one is the second of those pending."""
+    prompts = default_config().prompts
+    items = np.array([[1, 4]] * 4)
+    queries = [
+        make_query(encoder, prompts, np.array([2]), (), items[0], [0], name=f'User {name}')[0]
+        for name in (17, 196, 23, 305)
+    ]
+    users = np.array([3, 5, 8, 9])
+    half = Scores.of_queries(items, queries, encoder, users=users)
+    half.sums[:2] = -1.0
+    path = epath.Path(tmp_path / 'scores.npz')
+    storage.write_arrays(path, identity=np.array('a'), **dataclasses.asdict(half))
+
+    def run(queries, scorer=None):
+        return score_users(
+            'made up',
+            users,
+            items,
+            queries,
+            encoder,
+            scorer,
+            None,
+            ConfigDict({'batch_size': 1, 'row_length': 32, 'max_shapes': 1}),
+            max_positions=512,
+            path=path,
+            identity='a',
+        )
+
+    said = iter([0.0, np.nan])
+    with pytest.raises(InputError, match='User 305: the score of candidate 0 is nan'):
+        run(queries, lambda _, batch: np.full(batch.answers.shape, next(said)))
+    queries[3] = dataclasses.replace(queries[3], prompt=np.zeros(512, np.int32))
+    with pytest.raises(InputError, match='User 305: prompt and candidate 0 have '):
+        run(queries)
+    items[3] = -1
+    half.items[3], half.sums[3] = -1, -np.inf
+    storage.write_arrays(path, identity=np.array('a'), **dataclasses.asdict(half))
+    queries[3] = dataclasses.replace(queries[3], candidates=())
+    with pytest.raises(InputError, match='User 305 has no candidates'):
+        run(queries)
