@@ -2,7 +2,7 @@
 
     python benchmarks/ranking_confirm.py --data=beauty --path=amazon-beauty \\
         --workdir=runs/ranking_beauty --weight=0.05 --study-users=2000 --users=10000 \\
-        --out=docs/results/ranking_confirm_beauty.json
+        --batch-size=1 --out=docs/results/ranking_confirm_beauty.json
 
 A row that was picked out of several because it is significant has to be seen again: with the
 weight that it had, and for users who played no part. They are ranked by the untuned model's sums of
@@ -14,15 +14,21 @@ user, many times; how many of these deals are at least as good as the users' own
 permutation test of whether the model reads the user.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 from absl import logging
-from ranking_study import DATA, VARIANTS, base_config, configure, copy_base
+from ranking_study import (
+    VARIANTS,
+    base_config,
+    build_report,
+    configure,
+    copy_base,
+    make_base,
+    make_parser,
+    retriever_row,
+)
 
-from palr_jax import evaluation, pipeline, retrieval, storage
-from palr_jax.evaluation import Comparison, Run, rank_targets
+from palr_jax import evaluation, pipeline, storage
+from palr_jax.evaluation import Run, rank_targets
 from palr_jax.evaluation.metrics import TargetRanks, ndcg
 from palr_jax.project import Project, ranked_users, retriever_scores, sample_users
 from palr_jax.ranking.fuse import fuse, shuffle_users
@@ -31,16 +37,11 @@ VARIANT, SYSTEM = 'zero-title', 'llm_zero_shot'
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--data', choices=DATA, required=True)
-    parser.add_argument('--path', help='config.data.path, where it is not to be fetched')
-    parser.add_argument('--workdir', type=Path, required=True, help='of the study, or a new one')
+    parser = make_parser(__doc__)
     parser.add_argument('--weight', type=float, required=True, help='of the LLM, from the study')
     parser.add_argument('--study-users', type=int, required=True, help='--users of the study')
     parser.add_argument('--users', type=int, default=0, help='others, a sample; 0 is all')
-    parser.add_argument('--batch-size', type=int, default=1, help='users a call; 1 on a CPU')
     parser.add_argument('--deals', type=int, default=999, help="of other users' scores")
-    parser.add_argument('--out', type=Path, required=True, help='JSON file of the result')
     arguments = parser.parse_args()
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
@@ -52,7 +53,8 @@ def main() -> None:
     config.ranking.users = arguments.users and arguments.study_users + arguments.users
     config.ranking.valid_users = 200  # the report wants a fusion weight; it is not read here
     folder = arguments.workdir / 'confirm'
-    copy_base(base, arguments.workdir, folder)
+    make_base(base, arguments.workdir)
+    copy_base(arguments.workdir, folder)
     pipeline.run(config, folder)
 
     project = Project(config, folder)
@@ -70,14 +72,8 @@ def main() -> None:
         ranked = rank_targets(items, values, targets, found)
         return ranked.spread(np.searchsorted(users, found), len(users))
 
-    listed, of_everyone = retrieval.read_ranks(folder / 'retrieval', 'retriever', 'test')
-    about = {'user_set': evaluation.sampled(users, config.seed), 'mode': 'title'}
-    retriever = Run(
-        'retriever',
-        users,
-        of_everyone.take(np.searchsorted(listed, users)),
-        user_set=about['user_set'],
-    )
+    retriever = retriever_row(project, users)
+    about = {'user_set': retriever.user_set, 'mode': 'title'}
     alone = Run(SYSTEM, users, ranks(own), **about)
     fused = Run(
         'fused',
@@ -86,17 +82,7 @@ def main() -> None:
         variant=f'weight {arguments.weight:g}',
         **about,
     )
-    report = evaluation.build(
-        dataset=project.dataset.record,
-        retrieval={},
-        runs=[retriever, alone, fused],
-        comparisons=[Comparison(fused, retriever, 'NDCG@10')],
-        timing={},
-        versions={},
-        seed=config.seed,
-        candidates=config.ranking.candidates,
-        resamples=config.evaluation.resamples,
-    )
+    report = build_report(project, [retriever, alone, fused], [fused])
     of_others = np.array(
         [
             ndcg(ranks(fuse(by_retriever, shuffle_users(own, seed), arguments.weight)), 10).mean()

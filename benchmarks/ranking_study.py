@@ -137,7 +137,7 @@ def run_variant(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Runs a variant in `workdir/NAME`, with what others have done already."""
     learned, mode, answer = VARIANTS[name]
     folder = workdir / name
-    copy_base(base, workdir, folder)
+    copy_base(workdir, folder)
     if learned:
         untuned = workdir / f'zero-{mode}' / 'ranking'
         for path in untuned.glob('llm_zero_shot*.npz'):
@@ -152,11 +152,14 @@ def run_variant(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
     return pipeline.run(configure(base, learned, mode, answer), folder)
 
 
-def copy_base(base: ConfigDict, workdir: Path, folder: Path) -> None:
-    """Gives `folder` the data and the retriever that all share, made in WORKDIR/base if need be."""
+def make_base(base: ConfigDict, workdir: Path) -> None:
+    """Data and retriever, which all variants share -> `workdir/base`."""
     config = base.copy_and_resolve_references()
     config.stages = BASE
     pipeline.run(config, workdir / 'base')
+
+
+def copy_base(workdir: Path, folder: Path) -> None:
     for stage in BASE:
         copy(workdir / 'base' / stage, folder / stage)
 
@@ -225,19 +228,25 @@ def weigh(project: Project, valid: Scores, scores: np.ndarray) -> tuple[float, d
 def title_report(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
     """The rows of all normalisations, and their comparisons with the retriever."""
     project = Project(configure(base, *VARIANTS[name]), workdir / name)
-    users = ranked_users(project, 'test')
-    everyone, ranks = retrieval.read_ranks(project.workdir / 'retrieval', 'retriever', 'test')
-    set_of = evaluation.sampled(users, project.config.seed)
-    retriever = Run(
-        'retriever', users, ranks.take(np.searchsorted(everyone, users)), user_set=set_of
-    )
+    retriever = retriever_row(project, ranked_users(project, 'test'))
     rows = normalizations(name, base, workdir)
     fused = [row for row in rows if row.system == 'fused']
+    return build_report(project, [retriever, *rows], fused)
+
+
+def retriever_row(project: Project, users: np.ndarray) -> Run:
+    everyone, ranks = retrieval.read_ranks(project.workdir / 'retrieval', 'retriever', 'test')
+    set_of = evaluation.sampled(users, project.config.seed)
+    return Run('retriever', users, ranks.take(np.searchsorted(everyone, users)), user_set=set_of)
+
+
+def build_report(project: Project, rows: list[Run], fused: list[Run]) -> dict[str, Any]:
+    """The report of `rows`; `fused` are compared with the first of them, the retriever's."""
     return evaluation.build(
         dataset=project.dataset.record,
         retrieval={},
-        runs=[retriever, *rows],
-        comparisons=[Comparison(row, retriever, 'NDCG@10') for row in fused],
+        runs=rows,
+        comparisons=[Comparison(row, rows[0], 'NDCG@10') for row in fused],
         timing={},
         versions={},
         seed=project.config.seed,
@@ -246,15 +255,21 @@ def title_report(name: str, base: ConfigDict, workdir: Path) -> dict[str, Any]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(about: str) -> argparse.ArgumentParser:
+    """Of what every command on a study's workdir is told."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument('--data', choices=DATA, required=True)
     parser.add_argument('--path', help='config.data.path, where it is not to be fetched')
     parser.add_argument('--workdir', type=Path, required=True, help='of all runs')
     parser.add_argument('--out', type=Path, required=True, help='JSON file of the result')
+    parser.add_argument('--batch-size', type=int, default=32, help='users a call; 1 on a CPU')
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument('--users', type=int, default=0, help='of test, a sample; 0 is all')
     parser.add_argument('--valid-users', type=int, default=0, help='the same of validation')
-    parser.add_argument('--batch-size', type=int, default=32, help='users a call; 1 on a CPU')
     parser.add_argument(
         '--orders', type=int, default=1, help='of each list, whose scores are averaged'
     )
@@ -266,6 +281,7 @@ def main() -> None:
     base = base_config(arguments.data, arguments.path, arguments.batch_size)
     base.ranking.update({'users': arguments.users, 'valid_users': arguments.valid_users})
     base.ranking.orders = arguments.orders
+    make_base(base, arguments.workdir)
     results = storage.read_json(arguments.out) if arguments.out.exists() else {}
     for name in arguments.variants.split(','):
         found = {'report': run_variant(name, base, arguments.workdir)}

@@ -123,8 +123,8 @@ def ranked_runs(project: Project, full: list[Run], scored: Mapping[str, Scored])
         rows = np.searchsorted(users, found.users)
         targets = project.dataset.split.targets('test')[found.users]
         ranks = rank_targets(found.items, found.scores, targets, found.users)
-        lists = None  # of some users alone, who are no sample: nothing to set beside the others'
-        if len(found.users) == len(users):
+        lists = None  # of hits alone, who are no sample: nothing to set beside the others' lists
+        if not config.ranking.skip_misses:
             lists = evaluation.top_items(
                 found.items, found.scores, found.users, LISTED, seed=config.seed
             )
