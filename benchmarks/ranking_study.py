@@ -76,11 +76,12 @@ LISTS = {
     'residual': {'retriever_weight': 0.5},
     'boosted': {'retriever_weight': 0.5, 'less_untuned': True},
 }
-# Name: (what is learned, how it ranks, how an answer reads)
+# Name: (what is learned, how it ranks, how an answer reads). `free` writes titles without a list.
 VARIANTS = {
     'zero-title': (None, 'title', 'title'),
     'zero-index': (None, 'index', 'index'),
     'zero-generate': (None, 'generate', 'title'),
+    'zero-free': (None, 'free', 'title'),
     'sft-title': ('sft', 'title', 'title'),
     'listwise-title': ('listwise', 'title', 'title'),
     'listwise-index': ('listwise', 'index', 'index'),
@@ -107,6 +108,10 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     config = base.copy_and_resolve_references()
     config.prompts.update({'history': 20, 'answer': answer})
     config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True})
+    if mode == 'free':
+        config.prompts.candidates = False
+        config.ranking.update({'mode': 'generate', 'skip_misses': False})
+        config.tasks.recommend_retrieval = 0.0
     # What lists train is the sum itself.
     config.ranking.normalize = 'sum' if mode == 'index' or learned in LISTS else 'prior'
     config.lora.targets = ('q', 'k', 'v', 'o', 'gate', 'up', 'down')

@@ -429,6 +429,14 @@ def _check_together(config: ConfigDict) -> None:
             "another config.ranking.normalize with 'generate'",
         ),
         (
+            config.ranking.skip_misses
+            and config.ranking.mode == 'generate'
+            and not config.prompts.candidates,
+            ('ranking.skip_misses', 'ranking.mode', 'prompts.candidates'),
+            'a freely written title may name a target that was not retrieved',
+            'config.ranking.skip_misses=False where the model writes without a list',
+        ),
+        (
             config.ranking.orders > 1
             and (
                 config.ranking.mode == 'generate'

@@ -137,6 +137,15 @@ def test_candidates_in_training_alone_are_refused():
         ({'finetune.retriever_weight': 1.0}, 'a weight of 0, or lists of a retriever'),
         ({'finetune.less_untuned': True}, "config.finetune.objective='listwise' or 'both'"),
         ({'ranking.normalize': 'untuned', 'ranking.mode': 'generate'}, "with 'generate'"),
+        (
+            {
+                'ranking.skip_misses': True,
+                'ranking.mode': 'generate',
+                'prompts.candidates': False,
+                'tasks.recommend_retrieval': 0.0,
+            },
+            'where the model writes without a list',
+        ),
         ({'ranking.orders': 2, 'ranking.mode': 'generate'}, 'listed, shuffled and scored'),
         *(
             (
