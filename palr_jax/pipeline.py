@@ -349,7 +349,7 @@ def rank_by(
         answer_users(
             name,
             users,
-            [query.prompt for query in queries],
+            queries,
             histories,
             project.encoder,
             llm.params,

@@ -87,6 +87,7 @@ def generate_batches(
     batch_size: int,
     max_shapes: int,
     max_positions: int,
+    names: Sequence[str] | None = None,
 ) -> Iterator[tuple[np.ndarray, list[np.ndarray], int]]:
     """Answers every prompt, a batch at a time.
 
@@ -101,6 +102,7 @@ def generate_batches(
       batch_size: prompts a program call.
       max_shapes: prompt lengths that are compiled, at most.
       max_positions: tokens that the model reads.
+      names: what an error calls each prompt; without them its number.
 
     Yields:
       (indices of the batch's prompts [n], their answers, tokens computed with padding).
@@ -108,13 +110,14 @@ def generate_batches(
     Raises:
       InputError: a prompt is empty, or too long with its answer; or a logit is not finite.
     """
+    names = names or [f'Prompt {i}' for i in range(len(prompts))]
     if most < 1:
         raise InputError(f'Answers of {most} tokens are asked for; allowed: 1 or more.')
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) <= max_positions - most:
             raise InputError(
-                f'Prompt {i} has {len(prompt)} tokens; allowed: 1 to {max_positions - most}, so '
-                f'that {most} more fit the model.'
+                f'{names[i]}: the prompt has {len(prompt)} tokens; allowed: 1 to '
+                f'{max_positions - most}, so that {most} more fit the model.'
             )
     for indices, length in plan_prompts(prompts, most, batch_size, max_shapes):
         tokens, lengths = lay_out_prompts([prompts[i] for i in indices], batch_size, length)
@@ -122,7 +125,7 @@ def generate_batches(
         for i, answer in zip(indices, np.asarray(generator(params, tokens, lengths))):
             if NOT_FINITE in answer:
                 raise InputError(
-                    f'Prompt {i}: the logits are not finite; check the weights, and that '
+                    f'{names[i]}: the logits are not finite; check the weights, and that '
                     'tokenizer and model belong together.'
                 )
             ends = np.flatnonzero(answer == eos_id)

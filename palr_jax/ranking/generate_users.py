@@ -164,7 +164,7 @@ def generate_users(
 def answer_users(
     name: str,
     users: np.ndarray,
-    prompts: Sequence[np.ndarray],
+    queries: Sequence[Query],
     histories: Sequence[Collection[int]],
     encoder: Encoder,
     params: Any,
@@ -183,7 +183,7 @@ def answer_users(
     Args:
       name: shown with the progress.
       users: [U'] dense users.
-      prompts: [U'] their prompts, in tokens.
+      queries: [U'] their queries, of which the candidates are not read.
       histories: [U'] items of each user's history, which are counted where they are named.
       encoder: of the catalogue; answers are matched to its replies.
       params: the model's.
@@ -228,12 +228,13 @@ def answer_users(
     batches = generate_batches(
         make_generator(model, lora, dtype, mesh, eos_id=eos_id, most=most),
         params,
-        [prompts[i] for i in todo],
+        [queries[i].prompt for i in todo],
         eos_id=eos_id,
         most=most,
         batch_size=config.batch_size,
         max_shapes=config.max_shapes,
         max_positions=model.max_positions,
+        names=[queries[i].label(i) for i in todo],
     )
 
     def take(rows, answers):

@@ -189,7 +189,7 @@ def test_shapes_and_cutoffs_are_checked():
         ndcg(ranked(1), 0)
 
 
-def test_users_who_were_not_ranked_are_misses():
+def test_e03_users_who_were_not_ranked_are_misses():
     """E03: a target that was not retrieved; two of four users were ranked, both first."""
     ranks = TargetRanks(np.array([0, 0]), np.array([0, 0]), np.array([True, True]))
     spread = ranks.spread(np.array([1, 3]), 4)

@@ -97,7 +97,7 @@ def test_what_a_line_may_look_like(index, line, item):
     assert read_answer(line, index).items == (((item,) if item else ()),)
 
 
-def test_an_answer_by_hand(index):
+def test_e04_an_answer_by_hand(index):
     """E04: an invalid line takes its place, a repeated one none; a cut line is invalid."""
     text = (
         '"Alien (1979)"\r\n\n'

@@ -199,9 +199,11 @@ def test_hidden_states_equal_those_of_one_causal_pass():
 def test_bad_requests():
     config, params, prompts = draw({'max_positions': 24})
     run = functools.partial(generate, params, config=config, eos_id=NO_EOS, batch_size=2)
-    with pytest.raises(InputError, match='Prompt 4 has 21 tokens; allowed: 1 to 20, so that 4'):
+    with pytest.raises(
+        InputError, match='Prompt 4: the prompt has 21 tokens; allowed: 1 to 20, so'
+    ):
         run(prompts, most=4)
-    with pytest.raises(InputError, match='Prompt 1 has 0 tokens'):
+    with pytest.raises(InputError, match='Prompt 1: the prompt has 0 tokens'):
         run([prompts[0], np.zeros(0, np.int32)], most=4)
     with pytest.raises(InputError, match='Answers of 0 tokens are asked for'):
         run(prompts, most=0)

@@ -17,6 +17,7 @@ from palr_jax.prompts.template import load_template
 from palr_jax.ranking import generate_users as module
 from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.fuse import fuse
+from palr_jax.ranking.generate import NOT_FINITE
 from palr_jax.ranking.generate_users import answer_users, generate_users, read_answers
 from palr_jax.ranking.score import Query
 from palr_jax.ranking.users import read_scores
@@ -25,6 +26,7 @@ from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer
 TITLES = tuple(f'{word} {year}' for year in (1979, 1986, 1995) for word in ('Heat', 'M', 'Alien'))
 CONFIG = ConfigDict({'batch_size': 2, 'max_shapes': 1})
 HIT, WRONG, INVALID = 1, 2, None
+BROKEN = None  # the answer of a model whose logits are not finite
 
 
 @pytest.fixture(scope='module')
@@ -127,12 +129,15 @@ def test_places_of_many_users_and_a_continued_run(encoder, tmp_path, monkeypatch
 
 
 def stand_in(encoder, answers, calls):
-    """A generator that answers prompt n, whose first token is n, with the text of `answers[n]`."""
+    """A generator that answers prompt n, whose first token is n, with the text `answers[n]`."""
 
     def generator(params, tokens, lengths):
         calls.append(tokens[:, 0].tolist())
         rows = np.full((len(tokens), 40), encoder.eos[0], np.int32)
         for row, n in zip(rows, tokens[:, 0]):
+            if answers[n] is BROKEN:
+                row[0] = NOT_FINITE
+                continue
             ids = encoder.tokenizer.encode(answers[n])[:40]
             row[: len(ids)] = ids
         return rows
@@ -145,7 +150,7 @@ def answer(encoder, monkeypatch, path, texts, histories, calls, batch_size=2):
     return answer_users(
         'made up',
         np.arange(len(texts)),
-        [np.array([n, 7, 7], np.int32) for n in range(len(texts))],
+        [Query(np.array([n, 7, 7], np.int32), (), f'User {n}0') for n in range(len(texts))],
         histories,
         encoder,
         None,
@@ -191,6 +196,15 @@ def test_free_answers_by_hand(encoder, tmp_path, monkeypatch):
     assert read_answers(tmp_path / 'answers.npz').shares() == found.shares()
 
 
+def test_a_continued_run_says_whose_answer_is_wrong(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'SAVE_SECONDS', -1)
+    calls = []
+    for _ in range(2):
+        with pytest.raises(InputError, match=r'^User 30: the logits are not finite'):
+            answer(encoder, monkeypatch, tmp_path, ['', '', '', BROKEN], [()] * 4, calls)
+    assert calls == [[0, 1], [2, 3], [2, 3]]
+
+
 def test_a_line_that_the_token_limit_cuts_is_invalid(encoder, tmp_path, monkeypatch):
     """The 40th token is not EOS: what has no closing quote names nothing."""
     line = '\n"M 1979"'
@@ -204,7 +218,9 @@ def test_a_line_that_the_token_limit_cuts_is_invalid(encoder, tmp_path, monkeypa
     assert encoder.tokenizer.decode(found.tokens[0]).endswith('\n"M 1979')
 
 
-def test_hits_of_valid_answers_times_their_share_are_those_of_all(encoder, tmp_path, monkeypatch):
+def test_e04_hits_of_valid_answers_times_their_share_are_those_of_all(
+    encoder, tmp_path, monkeypatch
+):
     """E04: the numbers of the report. 95 users, 64 valid answers (0.6737), 25 hits.
 
     HR 0.3906 on valid answers, 0.2632 on all.

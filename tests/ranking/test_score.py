@@ -124,7 +124,7 @@ def expected(params):
 @pytest.mark.parametrize(
     ('batch_size', 'row_length', 'max_shapes'), [(3, 32, 1), (1, 1, 2), (4, 64, 1)]
 )
-def test_equals_naive_scoring(params, scorer, expected, batch_size, row_length, max_shapes):
+def test_c04_equals_naive_scoring(params, scorer, expected, batch_size, row_length, max_shapes):
     """C01, C04: whatever the batch-mates, batch sizes and row lengths; to 1e-4 in float32.
 
     The last user fills several rows; a row length of 1 grows to hold the longest candidate.
@@ -140,7 +140,7 @@ def test_users_fill_several_rows():
     assert (shape.rows, shape.row_length) == (5, 32)
 
 
-def test_a_single_token_is_scored_by_the_last_token_of_the_prompt(params, scorer):
+def test_c01_a_single_token_is_scored_by_the_last_token_of_the_prompt(params, scorer):
     """C01: tokens 4, 5, 6 behind 0..3 are scored at positions 3, 4, 5."""
     tokens = np.arange(7)
     of_all = jax.jit(functools.partial(apply_logits, config=CONFIG, lora=SPEC))
@@ -170,7 +170,7 @@ def test_a_shared_beginning_by_hand():
     assert useful_tokens(query) == 17
 
 
-def test_shared_beginnings_equal_naive_scoring(params, scorer):
+def test_c01_shared_beginnings_equal_naive_scoring(params, scorer):
     """C01: beginnings of 0 to 14 tokens, of prompts shorter than that, side by side in a batch."""
     rng = np.random.default_rng(11)
     queries = []
@@ -234,7 +234,7 @@ def test_the_order_of_the_users_changes_nothing(params, scorer, expected):
         assert_close([found[order.index(i)] for i in range(5)], expected, atol=1e-4)
 
 
-def test_scoring_twice_is_identical_and_compiles_nothing(params, scorer):
+def test_c04_scoring_twice_is_identical_and_compiles_nothing(params, scorer):
     """C04, C06."""
     first = score(scorer, params, draw_queries())
     programs = scorer._cache_size()
@@ -252,7 +252,7 @@ def many_users(longest, number=100):
 
 
 @pytest.mark.parametrize('limit', [128, 317])
-def test_compiles_at_most_one_program_a_shape(limit):
+def test_c06_compiles_at_most_one_program_a_shape(limit):
     """C06: 100 users of random lengths, a last batch that is not full, an odd length limit.
 
     A stand-in for the model counts what jax compiles: only shapes matter here.
