@@ -7,6 +7,7 @@ and systems with the same users in the same order are resampled alike.
 Axes: U' users, M metrics, N resamples.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -48,6 +49,17 @@ def paired_bootstrap_interval(
 ) -> np.ndarray:
     """95 % interval [2] of mean(a) - mean(b): two systems, [U'] each, same users, same order."""
     return bootstrap_interval(_difference(a, b), resamples=resamples, seed=seed)
+
+
+def share_interval(right: int, of: int) -> tuple[float, float]:
+    """95 % score interval of a share, `right` of `of` >= 1 (Wilson 1927).
+
+    Where none or all are right, draws from them are, too: a bootstrap interval would have no width.
+    """
+    z = float(ndtri((1 + CONFIDENCE) / 2))
+    centre = right + z * z / 2
+    half = z * math.sqrt(right * (of - right) / of + z * z / 4)
+    return max(0.0, centre - half) / (of + z * z), min(of + z * z, centre + half) / (of + z * z)
 
 
 def randomisation_test(a: np.ndarray, b: np.ndarray, *, resamples: int, seed: int) -> float:

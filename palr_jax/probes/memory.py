@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from palr_jax.data import Catalogue, Split
+from palr_jax.evaluation.statistics import share_interval
 from palr_jax.llama.tokenizer import Tokenizer
 from palr_jax.probes.finished import Finished, check_number
 from palr_jax.prompts.encode import Encoder
@@ -284,7 +285,7 @@ def summary(
     Args:
       answers: of n items.
       thirds: [I + 1] as `popularity_thirds`.
-      interval: of the mean of [n] values.
+      interval: of the mean of [n] differences from the baseline.
     """
     if not len(answers.items):
         return None
@@ -292,7 +293,8 @@ def summary(
     def share(right: np.ndarray) -> dict[str, Any]:
         if not len(right):
             return {'items': 0, 'share': None, 'ci95': None}
-        return {'items': len(right), 'share': float(right.mean()), 'ci95': interval(right)}
+        ends = share_interval(int(right.sum()), len(right))
+        return {'items': len(right), 'share': float(right.mean()), 'ci95': [*ends]}
 
     of_items = thirds[answers.items]
     found = share(answers.right)

@@ -59,6 +59,12 @@ def test_metrics_are_resampled_together():
     np.testing.assert_allclose(both[1], bootstrap_interval(b, resamples=500, seed=5))
 
 
+@pytest.mark.parametrize(('right', 'of'), [(0, 200), (1, 1), (3, 50), (50, 50), (313, 1000)])
+def test_share_interval_agrees_with_scipy(right, of):
+    expected = stats.binomtest(right, of).proportion_ci(method='wilson')
+    np.testing.assert_allclose(statistics.share_interval(right, of), expected, atol=1e-12)
+
+
 def test_randomisation_test_agrees_with_scipy():
     for seed in (0, 4, 6):
         a, b = two_systems(users=60, seed=seed)

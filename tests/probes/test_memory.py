@@ -174,6 +174,7 @@ def test_shares_by_hand():
     found = memory.summary(answers, thirds, lambda values: [values.min(), values.max()])
     assert found['items'] == 4
     assert found['share'] == 0.5
+    assert found['ci95'] == pytest.approx([0.15004, 0.84996], abs=1e-5)  # Wilson's, 2 of 4
     assert found['baseline'] == 0.25
     assert found['above_baseline'] == {'share': 0.25, 'ci95': [0, 1]}
     shares = {name: part['share'] for name, part in found['by_popularity'].items()}
