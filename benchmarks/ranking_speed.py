@@ -517,7 +517,7 @@ def main() -> None:
     parser.add_argument('--users', type=positive, default=4, help='who are ranked in a run')
     parser.add_argument('--batches', type=numbers, default=[1, 2, 4], help='users, tried here')
     parser.add_argument(
-        '--cached-batches', type=numbers, default=[10, 25, 50], help='titles, tried there'
+        '--cached-batches', type=numbers, default=[5, 10, 25, 50], help='titles, tried there'
     )
     parser.add_argument('--runs', type=positive, default=5, help='runs, in turns')
     parser.add_argument('--slow-runs', type=positive, default=2, help='of the whole-prompt way')

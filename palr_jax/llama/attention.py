@@ -102,35 +102,40 @@ class OnePass:
 class Cached:
     """Each token attends to itself and all earlier tokens of its row, those of former passes too.
 
-    A layer keeps the key and value of the token at position p in slot p (`store`; the layers hold
-    the slots in the collection `cache`), and a query at p reads the slots 0 … p. So rows of
-    different lengths, padded at the right, need no further mask: the slots of their padding lie
-    behind every token of theirs, until new tokens overwrite them one by one.
+    The tokens of a pass have T consecutive positions. Without slots they are the first of their
+    rows. Slot p of a layer holds the key and value at position p, and a query reads the slots below
+    its pass's first position, so padding at the right of rows of different lengths needs no
+    further mask: its slots lie behind, until later passes overwrite them (`ranking.generate`).
 
     Attributes:
-      positions: [B, T] int32 positions of the tokens of this pass, below `size`.
-      size: slots of a row.
+      positions: [B, T] int32 positions of the tokens of this pass.
     """
 
     positions: jax.Array
-    size: int = flax.struct.field(pytree_node=False)
 
-    def store(self, slots: jax.Array, new: jax.Array) -> jax.Array:
-        """Puts `new` [B, T, K, E] into `slots` [B, K, size, E] by position."""
-        rows = jnp.arange(len(new))[:, None]
-        return slots.at[rows, :, self.positions].set(new)
-
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """query [B, T, H, E], all slots of key and value [B, K, size, E] -> [B, T, H, E]."""
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        slots: tuple[jax.Array, jax.Array] | None,
+    ) -> jax.Array:
+        """query [B, T, H, E], key and value [B, T, K, E], slots 2 x [B, K, N, E] -> as query."""
         B, T, H, E = query.shape
-        K = key.shape[1]
+        K = key.shape[2]
+        if slots is None:
+            return _causal(query, key, value, jnp.ones((B, T), jnp.int32))
         G = H // K
-        query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4)
-        products = _products(query.reshape(B, K, G * T, E), key).reshape(B, K, G, T, self.size)
-        mask = jnp.arange(self.size) <= self.positions[:, None, None, :, None]
-        (weights,), total, _ = _exponentials(jnp.where(mask, products, MASKED), scale=E**-0.5)
-        mean = _weigh(weights.reshape(B, K, G * T, self.size), value)
-        mean = (mean.reshape(B, K, G, T, E) / total).astype(value.dtype)
+        query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
+        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+        of_slots = _products(query, slots[0])
+        earlier = jnp.arange(of_slots.shape[-1]) < self.positions[:, :1]
+        of_slots = jnp.where(earlier[:, None, None], of_slots, MASKED)
+        own = _products(query, key).reshape(B, K, G, T, T)
+        own = jnp.where(jnp.tri(T, dtype=bool), own, MASKED).reshape(B, K, G * T, T)
+        (slot_weights, weights), total, _ = _exponentials(of_slots, own, scale=E**-0.5)
+        mean = (_weigh(slot_weights, slots[1]) + _weigh(weights, value)) / total
+        mean = mean.astype(value.dtype).reshape(B, K, G, T, E)
         return mean.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
 
 

@@ -154,16 +154,19 @@ class Attend(nn.Module):
         # Named as what the attention keeps: else they would be rotated again for its backward pass.
         query, key = (checkpoint_name(rotate(x, rotation), ATTENDED) for x in (query, key))
         if isinstance(attention, Cached):
-            key, value = self._kept('key', key, attention), self._kept('value', value, attention)
-        out = attention(query, key, value)
+            out = attention(query, key, value, self._slots(key.dtype))
+            self.put_variable('new', 'key', key.swapaxes(1, 2))
+            self.put_variable('new', 'value', value.swapaxes(1, 2))
+        else:
+            out = attention(query, key, value)
         return project('o', D)(out.reshape(B, T, c.heads * c.head_dim))
 
-    def _kept(self, name: str, new: jax.Array, attention: Cached) -> jax.Array:
-        """[B, K, size, E] what this layer keeps, with `new` [B, T, K, E] in its slots."""
-        B, _, K, E = new.shape
-        slots = self.variable('cache', name, jnp.zeros, (B, K, attention.size, E), new.dtype)
-        slots.value = attention.store(slots.value, new)
-        return slots.value
+    def _slots(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+        """Keys and values of earlier passes, each [B, K, N, E]; None in the first."""
+        if not self.has_variable('slots', 'key'):
+            return None
+        key, value = (self.get_variable('slots', name) for name in ('key', 'value'))
+        return key.view(dtype), value.view(dtype)
 
 
 class Mlp(nn.Module):
@@ -225,7 +228,9 @@ class Llama(nn.Module):
         """tokens and positions [B, T] int32 -> normed hidden states [B, T, D].
 
         `attention` is a plan of `attention.py`: a pytree of arrays. Under the plan `Cached` the
-        collection `cache` goes in and out: `apply(…, mutable=['cache'])`.
+        layers read the collection `slots`, if it is there, 2 x [layers, B, K, N, E] in integers of
+        the same bits, and leave the keys and values of this pass in `new`, 2 x
+        [layers, B, K, T, E]: `apply(…, mutable=['new'])`.
         """
         c = self.config
         embed = nn.Embed(
@@ -236,7 +241,7 @@ class Llama(nn.Module):
         rotation = jnp.cos(angles), jnp.sin(angles)
         layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
-            variable_axes={'params': 0, 'cache': 0},
+            variable_axes={'params': 0, 'slots': 0, 'new': 0},
             split_rngs={'params': True, 'dropout': True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,

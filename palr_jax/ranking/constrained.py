@@ -227,7 +227,7 @@ def write_titles(
         line = go_on(line, hidden_at(hidden, jnp.maximum(count - 1, 0)), ready)
         return line, done, cache, passes + 1
 
-    hidden, cache = read(tokens, jnp.broadcast_to(jnp.arange(L), (B, L)), {})
+    hidden, cache = read(tokens, jnp.broadcast_to(jnp.arange(L), (B, L)), None)
     line = Line(
         active=titles.sizes > 0,
         depth=jnp.zeros(B, jnp.int32),

@@ -245,7 +245,7 @@ def greedy(
         chosen = jnp.where(last == eos_id, eos_id, choose(hidden[:, 0]))
         return i + 1, answers.at[:, i].set(chosen), cache
 
-    hidden, cache = read(tokens, jnp.broadcast_to(jnp.arange(L), (B, L)), {})
+    hidden, cache = read(tokens, jnp.broadcast_to(jnp.arange(L), (B, L)), None)
     answers = jnp.full((B, most), eos_id, jnp.int32)
     answers = answers.at[:, 0].set(choose(hidden_at(hidden, lengths - 1)))
     return jax.lax.while_loop(unfinished, step, (jnp.int32(1), answers, cache))[1]
@@ -256,18 +256,45 @@ def reader(
 ) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:
     """(tokens [B, T], positions [B, T], cache) -> (hidden states [B, T, D], cache with the tokens).
 
-    The cache has `size` slots a row; an empty dict begins one.
+    The cache has `size` slots a row; None begins one, with the tokens at the positions from 0.
     """
     model = Llama(config, lora, dtype)
 
     def read(tokens, positions, cache):
-        variables = {'params': params} | cache
-        plan = Cached(positions, size)
-        hidden, cache = model.apply(variables, tokens, positions, plan, mutable=['cache'])
+        variables = {'params': params} if cache is None else {'params': params, 'slots': cache}
+        plan = Cached(positions)
+        hidden, made = model.apply(variables, tokens, positions, plan, mutable=['new'])
+        if cache is None:
+            room = [(0, 0)] * 3 + [(0, size - tokens.shape[1]), (0, 0)]
+            cache = jax.tree.map(lambda new: jnp.pad(_bits(new), room), made['new'])
+        else:
+            cache = jax.tree.map(functools.partial(_store, positions[:, 0]), cache, made['new'])
         # [layers, B, K, size, E]: rows and heads lie where those of the activations do.
         return hidden, jax.tree.map(lambda x: constrain(x, None, ROW_AXES, HEAD_AXIS), cache)
 
     return read
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """Floats as integers of the same bits.
+
+    To write a few numbers into an array of bfloat16, XLA's CPU backend converts all of it to
+    float32 and back; of integers it writes the few in place.
+    """
+    return x.view(f'uint{8 * x.itemsize}')
+
+
+def _store(starts: jax.Array, slots: jax.Array, new: jax.Array) -> jax.Array:
+    """slots [layers, B, K, N, E] with `new` [layers, B, K, T, E] from the slot `starts` [B] on.
+
+    Once a pass, behind all layers, and in place: a scanned layer that wrote its own slots would
+    give back a copy of all of them.
+    """
+    B, T = new.shape[1], new.shape[3]
+    rows = jnp.arange(B)[:, None]
+    places = starts[:, None] + jnp.arange(T)
+    # One index a token: the axes of B and T come first.
+    return slots.at[:, rows, :, places].set(_bits(new).transpose(1, 3, 0, 2, 4))
 
 
 def hidden_at(hidden: jax.Array, index: jax.Array) -> jax.Array:

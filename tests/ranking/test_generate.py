@@ -13,13 +13,12 @@ from ml_collections import ConfigDict
 from palr_jax.data import resolve
 from palr_jax.errors import InputError
 from palr_jax.llama import lora, quantize
-from palr_jax.llama.attention import Cached
 from palr_jax.llama.config import RopeScaling
 from palr_jax.llama.load import load_model
 from palr_jax.llama.model import Llama, apply_logits, output_head
 from palr_jax.parallel import rules
 from palr_jax.parallel.mesh import make_mesh
-from palr_jax.ranking.generate import generate, generate_batches, make_generator
+from palr_jax.ranking.generate import generate, generate_batches, make_generator, reader
 from palr_jax.testing.llama import random_params, tiny_config
 
 REFERENCE = Path(__file__).parent.parent / 'llama' / 'reference' / 'smollm2.json'
@@ -177,20 +176,15 @@ def test_hidden_states_equal_those_of_one_causal_pass():
     rows = np.stack([np.resize(prompt, 30) for prompt in prompts])
     lengths = np.array(LENGTHS)
     expected = apply_logits(params, config, rows)
-    model = Llama(config)
-    read = jax.jit(
-        lambda variables, tokens, positions: model.apply(
-            variables, tokens, positions, Cached(positions, 30), mutable=['cache']
-        )
-    )
+    read = jax.jit(reader(params, config, None, jnp.float32, 30))
     padded = np.where(np.arange(21) < lengths[:, None], rows[:, :21], 0)
-    hidden, cache = read({'params': params}, padded, np.arange(21)[None].repeat(5, 0))
-    assert cache['cache']['layers']['attention']['key'].shape == (2, 5, 2, 30, 8)
+    hidden, cache = read(padded, np.arange(21)[None].repeat(5, 0), None)
+    assert cache['layers']['attention']['key'].shape == (2, 5, 2, 30, 8)
     seen = {(b, t): hidden[b, t] for b in range(5) for t in range(lengths[b])}
     for i in range(9):
         at = (lengths + i)[:, None]
         tokens = np.take_along_axis(rows, at, axis=1)
-        hidden, cache = read({'params': params} | cache, tokens, at)
+        hidden, cache = read(tokens, at, cache)
         seen |= {(b, lengths[b] + i): hidden[b, 0] for b in range(5)}
     for (b, t), state in seen.items():
         np.testing.assert_allclose(state @ output_head(params), expected[b, t], atol=1e-4)
