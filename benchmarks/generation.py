@@ -5,7 +5,8 @@
 The prompts ask MovieLens-1M's users for recommendations without a list of candidates; all answers
 have one length, as no EOS ends them. Each side reads a batch of prompts of similar length and
 writes its answers, with a cache of keys and values. What counts are the tokens written in a second,
-reading the prompts included; before anything is timed the answers are compared, token for token.
+reading the prompts included. Before anything is timed the answers are compared, token for token up
+to the first difference: in float32 they must agree, in bfloat16 their agreement is told.
 
 The floor of a step of writing is the bytes that it has to read: all weights, and of each row the
 keys and values of the tokens before. They are told, not timed.
@@ -72,9 +73,9 @@ def jax_side(folder: Path) -> dict[str, Callable]:
         slot = 2 * config.layers * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize
         return {'weights': weights, 'cache': tokens * slot}
 
-    about = f'JAX {jax.__version__} ({jax.default_backend()})'
+    version = f'JAX {jax.__version__} ({jax.default_backend()})'
     return {
-        'about': lambda: {'version': about},
+        'about': lambda: {'version': version},
         'check': check,
         'run': lambda **about: timed(lambda: write(**about), **about),
         'bytes': step_bytes,
@@ -109,9 +110,9 @@ def torch_side(folder: Path) -> dict[str, Callable]:
         )
         return output[:, longest:].tolist()
 
-    about = f'PyTorch {torch.__version__}, transformers {transformers.__version__}'
+    version = f'PyTorch {torch.__version__}, transformers {transformers.__version__}'
     return {
-        'about': lambda: {'version': about},
+        'about': lambda: {'version': version},
         'check': lambda **about: {'answers': write(**about)},
         'run': lambda **about: timed(lambda: write(**about), **about),
     }

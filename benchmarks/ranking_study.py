@@ -108,6 +108,8 @@ def configure(base: ConfigDict, learned: str | None, mode: str, answer: str) -> 
     config = base.copy_and_resolve_references()
     config.prompts.update({'history': 20, 'answer': answer})
     config.ranking.update({'candidates': 20, 'mode': mode, 'skip_misses': True})
+    if mode in ('generate', 'free'):
+        config.ranking.orders = 1  # what is written has no scores to average
     if mode == 'free':
         config.prompts.candidates = False
         config.ranking.update({'mode': 'generate', 'skip_misses': False})

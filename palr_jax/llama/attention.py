@@ -1,8 +1,9 @@
-"""Who attends to whom: plans that the layers share, each one function over queries, keys, values.
+"""Who attends to whom: plans that the layers share, each a function over queries, keys, values.
 
 A plan is made once a forward pass and handed to every layer. `Causal` serves training and plain
 scoring; `OnePass` serves ranking, where all candidates of a user attend to one prompt; `Cached`
-serves generation, where a new token attends to keys and values of earlier passes.
+serves generation, where a new token attends to keys and values of earlier passes, too, which the
+layers bring as a fourth argument.
 
 The G = H / K query heads that share a key-value head are folded into the query axis: [G*T, E] by
 [E, T] is one plain matrix product a key-value head. XLA's CPU backend is slower at the same
@@ -102,16 +103,16 @@ class OnePass:
 class Cached:
     """Each token attends to itself and all earlier tokens of its row, those of former passes too.
 
-    The tokens of a pass have T consecutive positions. Without slots they are the first of their
-    rows. Slot p of a layer holds the key and value at position p, and a query reads the slots below
-    its pass's first position, so padding at the right of rows of different lengths needs no
-    further mask: its slots lie behind, until later passes overwrite them (`ranking.generate`).
+    Slot p of a layer holds the key and value at position p. The T tokens of a pass follow each
+    other, and read the slots before the first of them. So padding at the right of rows of different
+    lengths needs no further mask: its slots lie behind, until later passes overwrite them
+    (`ranking.generate`). A pass without slots is the first.
 
     Attributes:
-      positions: [B, T] int32 positions of the tokens of this pass.
+      starts: [B] int32 position of the first token of this pass in each row.
     """
 
-    positions: jax.Array
+    starts: jax.Array
 
     def __call__(
         self,
@@ -129,7 +130,7 @@ class Cached:
         query = query.reshape(B, T, K, G, E).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, E)
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         of_slots = _products(query, slots[0])
-        earlier = jnp.arange(of_slots.shape[-1]) < self.positions[:, :1]
+        earlier = jnp.arange(of_slots.shape[-1]) < self.starts[:, None]
         of_slots = jnp.where(earlier[:, None, None], of_slots, MASKED)
         own = _products(query, key).reshape(B, K, G, T, T)
         own = jnp.where(jnp.tri(T, dtype=bool), own, MASKED).reshape(B, K, G * T, T)

@@ -26,7 +26,7 @@ from palr_jax.llama.products import PROJECTED, einsum, low_rank, product
 from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES, constrain, row_shards
 
 Params = Any  # a nested dict of arrays
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attention = Callable[..., jax.Array]  # a plan of `attention.py`
 Rotation = tuple[jax.Array, jax.Array]
 ADAPTER_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # as PEFT
 LOGIT_CHUNK = 256  # scored tokens whose logits [chunk, V] exist at one time, on each device

@@ -21,7 +21,7 @@ from palr_jax.errors import InputError
 from palr_jax.llama.attention import Cached
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.llama.model import Llama, output_head
+from palr_jax.llama.model import Llama, head_logits, stored_head
 from palr_jax.parallel.mesh import HEAD_AXIS, ROW_AXES, check_rows, constrain, shard_rows, using
 from palr_jax.progress import Progress
 from palr_jax.ranking.score import CAST_IN_LAYER, PROMPT_STEP, choose_groups
@@ -256,13 +256,14 @@ def reader(
 ) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:
     """(tokens [B, T], positions [B, T], cache) -> (hidden states [B, T, D], cache with the tokens).
 
-    The cache has `size` slots a row; None begins one, with the tokens at the positions from 0.
+    The positions of a row follow each other, from its number of tokens in the cache on. The cache
+    has `size` slots a row; None begins one.
     """
     model = Llama(config, lora, dtype)
 
     def read(tokens, positions, cache):
         variables = {'params': params} if cache is None else {'params': params, 'slots': cache}
-        plan = Cached(positions)
+        plan = Cached(positions[:, 0])
         hidden, made = model.apply(variables, tokens, positions, plan, mutable=['new'])
         if cache is None:
             room = [(0, 0)] * 3 + [(0, size - tokens.shape[1]), (0, 0)]
@@ -304,5 +305,8 @@ def hidden_at(hidden: jax.Array, index: jax.Array) -> jax.Array:
 
 def next_logits(params: Any, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
     """hidden [B, D] -> (float32 logits [B, V], whether all of a row are finite [B])."""
-    logits = jnp.dot(hidden, output_head(params), preferred_element_type=jnp.float32)
+    # A CPU's matrix units take no product of one row in bfloat16.
+    alone = len(hidden) == 1 and hidden.dtype == jnp.bfloat16
+    rows = jnp.repeat(hidden, 2, axis=0) if alone else hidden
+    logits = head_logits(rows, *stored_head(params))[: len(hidden)]
     return logits, jnp.isfinite(logits).all(axis=-1)
