@@ -1,4 +1,4 @@
-"""The one-pass program and the fine-tuning step compile for four TPU chips, without having one."""
+"""Scoring, fine-tuning and writing compile for four TPU chips, without having one."""
 
 import pytest
 
@@ -12,6 +12,7 @@ from palr_jax.finetune.input import Rows
 from palr_jax.finetune.optimizer import make_optimizer
 from palr_jax.finetune.train import Program, train_step
 from palr_jax.llama import lora
+from palr_jax.ranking.generate import greedy
 from palr_jax.ranking.score import Query, Shape, make_batch, make_scorer
 from palr_jax.testing.llama import random_params, tiny_config
 
@@ -25,9 +26,12 @@ def placed(tree, *axes):
 def measure(program, *arguments):
     compiled = program.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
     collective = r'= [^=]*? (all-[a-z]+|collective-[a-z]+|reduce-scatter)'
-    names = re.findall(collective, compiled.as_text())
-    memory = compiled.memory_analysis()
-    return {'temp': memory.temp_size_in_bytes, 'collectives': sorted(set(names))}
+    text = compiled.as_text()
+    return {
+        'temp': compiled.memory_analysis().temp_size_in_bytes,
+        'collectives': sorted(set(re.findall(collective, text))),
+        'kernels': text.count('custom_call_target="tpu_custom_call"'),
+    }
 
 model = tiny_config(
     vocab_size=4096, width=256, layers=4, heads=8, kv_heads=2, head_dim=64, hidden=512)
@@ -41,6 +45,12 @@ query = Query(np.arange(200), tuple(np.arange(n) for n in (1, 12, 30)))
 batch = make_batch([query], Shape(users=8, length=256, rows=3, row_length=64, candidates=20))
 scorer = make_scorer(model, spec, jnp.bfloat16)
 found = {'one_pass': measure(scorer, params, placed(batch, 'data'))}
+
+write = functools.partial(
+    greedy, config=model, lora=spec, dtype=jnp.bfloat16, eos_id=0, most=16)
+prompts = np.zeros((8, 1024), np.int32), np.ones(8, np.int32)
+with jax.set_mesh(mesh):
+    found['write'] = measure(jax.jit(write), params, *placed(prompts, 'data'))
 
 config = ConfigDict({'learning_rate': 1e-3, 'warmup': 1, 'decay_steps': 9, 'weight_decay': 0.1,
                      'clip_norm': 1.0})
@@ -74,3 +84,9 @@ def test_the_training_step_sums_adapter_gradients_alone(report):
     """No gather of activations or logits; no gradient of base size among the buffers."""
     assert report['train']['collectives'] == ['all-reduce']
     assert report['train']['temp'] < report['base'] / 2
+
+
+def test_prompts_are_read_by_the_kernel_before_anything_is_written(report):
+    """Of two users a chip nothing as large as their prompts' attention logits is stored."""
+    assert report['write']['kernels'] == 1
+    assert report['write']['temp'] < 2 * 8 * 1024 * 1024 * 4
