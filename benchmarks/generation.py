@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import Side, report, serve
+from sides import Side, movielens, report, serve
 
 HISTORY = 20
 NO_EOS = -1
@@ -130,24 +130,10 @@ def read(folder: Path) -> list[np.ndarray]:
 
 def write_inputs(folder: Path, data: str, users: int) -> dict[str, Any]:
     """The model as a Hugging Face folder and the users' prompts; says what they are."""
-    from palr_jax import data as palr_data
-    from palr_jax.config import default_config
-    from palr_jax.project import Project, load_data
     from palr_jax.ranking.users import make_query
-    from palr_jax.testing.llama import write_hf_folder
 
-    config = default_config()
-    config.data.source, config.data.path = 'ml1m', data
-    config.prompts.update({'history': HISTORY, 'candidates': False})
-    source, split = load_data(config.data)
-    project = Project(config, None)
-    project.dataset = palr_data.Dataset(
-        source.catalogue, split, source.interactions.user_ids, source.record
-    )
-    (folder / 'model').mkdir()
-    checkpoint = project.checkpoint
-    write_hf_folder(folder / 'model', checkpoint.config, project.base, checkpoint.tokenizer)
-
+    project = movielens(folder, data, history=HISTORY, candidates=False)
+    config, split = project.config, project.dataset.split
     able = [u for u in split.users('test') if len(split.history(u, 'test')) >= HISTORY]
     prompts = []
     for user in np.random.default_rng(0).permutation(able)[:users]:
@@ -158,7 +144,7 @@ def write_inputs(folder: Path, data: str, users: int) -> dict[str, Any]:
     (folder / 'p.json').write_text(json.dumps(prompts))
     return {
         'model': config.model.path,
-        'data': source.record['name'],
+        'data': project.dataset.record['name'],
         'prompt_tokens': [len(prompt) for prompt in prompts],
     }
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sides import Side, serve
+from sides import Side, movielens, serve
 
 HISTORY, CANDIDATES = 20, 50
 SWEEP = {
@@ -280,29 +280,17 @@ def write_inputs(
     folder: Path, data: str, users: int, shapes: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
     """The model as a Hugging Face folder and the users' queries of every shape; says what it is."""
-    from palr_jax import data as palr_data
-    from palr_jax.config import default_config
-    from palr_jax.project import Project, load_data, order_seed
+    from palr_jax.project import order_seed
     from palr_jax.ranking.users import make_query
     from palr_jax.retrieval import fit_popularity
-    from palr_jax.testing.llama import write_hf_folder
 
-    config = default_config()
-    config.data.source, config.data.path = 'ml1m', data
-    config.prompts.length = 1 << 20  # no history is cut, however long the list of candidates
-    source, split = load_data(config.data)
-    project = Project(config, None)
-    project.dataset = palr_data.Dataset(
-        source.catalogue, split, source.interactions.user_ids, source.record
-    )
-    (folder / 'model').mkdir()
-    checkpoint = project.checkpoint
-    write_hf_folder(folder / 'model', checkpoint.config, project.base, checkpoint.tokenizer)
-
+    # No history is cut, however long the list of candidates.
+    project = movielens(folder, data, length=1 << 20)
+    config, catalogue, split = project.config, project.dataset.catalogue, project.dataset.split
     rng = np.random.default_rng(0)
     longest = max(history for history, _ in SWEEP['history'])  # the same users in every run
     able = [u for u in split.users('test') if len(split.history(u, 'test')) >= longest]
-    popular = 1 + np.argsort(-fit_popularity(split, source.catalogue.items).counts, kind='stable')
+    popular = 1 + np.argsort(-fit_popularity(split, catalogue.items).counts, kind='stable')
     asked: dict[tuple[int, int], list] = {shape: [] for shape in shapes}
     for user in rng.permutation(able)[:users]:
         seen = split.history(user, 'test')
@@ -326,7 +314,7 @@ def write_inputs(
     queries = asked[HISTORY, CANDIDATES]
     return {
         'model': config.model.path,
-        'data': source.record['name'],
+        'data': project.dataset.record['name'],
         'users': len(queries),
         'prompt_tokens': [len(prompt) for prompt, _ in queries],
         'answer_tokens': [sum(map(len, answers)) for _, answers in queries],

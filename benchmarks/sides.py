@@ -35,6 +35,25 @@ class Side:
         self._process.wait()
 
 
+def movielens(folder: Path, data: str, **prompts: Any) -> Any:
+    """The project of MovieLens-1M at `data`, its model written to `folder/model` for both sides."""
+    from palr_jax.config import default_config
+    from palr_jax.data import Dataset
+    from palr_jax.project import Project, load_data
+    from palr_jax.testing.llama import write_hf_folder
+
+    config = default_config()
+    config.data.source, config.data.path = 'ml1m', data
+    config.prompts.update(prompts)
+    source, split = load_data(config.data)
+    project = Project(config, None)
+    project.dataset = Dataset(source.catalogue, split, source.interactions.user_ids, source.record)
+    (folder / 'model').mkdir()
+    checkpoint = project.checkpoint
+    write_hf_folder(folder / 'model', checkpoint.config, project.base, checkpoint.tokenizer)
+    return project
+
+
 def serve(answer: dict[str, Callable[..., dict[str, Any]]]) -> None:
     """The other end: reads questions from the standard input until it is closed."""
     answers = os.fdopen(os.dup(1), 'w')

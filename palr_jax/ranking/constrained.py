@@ -220,14 +220,14 @@ def write_titles(
         index = done[:, None] + jnp.arange(READ)
         # Slots behind the last token hold rubbish until their own token overwrites it.
         next_tokens = jnp.take_along_axis(line.text, index, axis=1, mode='clip')
-        hidden, cache = read(next_tokens, lengths[:, None] + index, cache)
+        hidden, cache = read(next_tokens, lengths + done, cache)
         count = jnp.clip(line.written - done, 0, READ)
         done += count
         ready = (done == line.written) & line.active.any(axis=1)
         line = go_on(line, hidden_at(hidden, jnp.maximum(count - 1, 0)), ready)
         return line, done, cache, passes + 1
 
-    hidden, cache = read(tokens, jnp.broadcast_to(jnp.arange(L), (B, L)), None)
+    hidden, cache = read(tokens, jnp.zeros(B, jnp.int32), None)
     line = Line(
         active=titles.sizes > 0,
         depth=jnp.zeros(B, jnp.int32),

@@ -241,11 +241,11 @@ def greedy(
     def step(state):
         i, answers, cache = state
         last = answers[:, i - 1]
-        hidden, cache = read(last[:, None], (lengths + i - 1)[:, None], cache)
+        hidden, cache = read(last[:, None], lengths + i - 1, cache)
         chosen = jnp.where(last == eos_id, eos_id, choose(hidden[:, 0]))
         return i + 1, answers.at[:, i].set(chosen), cache
 
-    hidden, cache = read(tokens, jnp.broadcast_to(jnp.arange(L), (B, L)), None)
+    hidden, cache = read(tokens, jnp.zeros(B, jnp.int32), None)
     answers = jnp.full((B, most), eos_id, jnp.int32)
     answers = answers.at[:, 0].set(choose(hidden_at(hidden, lengths - 1)))
     return jax.lax.while_loop(unfinished, step, (jnp.int32(1), answers, cache))[1]
@@ -254,22 +254,22 @@ def greedy(
 def reader(
     params: Any, config: LlamaConfig, lora: LoraSpec | None, dtype: Any, size: int
 ) -> Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]:
-    """(tokens [B, T], positions [B, T], cache) -> (hidden states [B, T, D], cache with the tokens).
+    """(tokens [B, T], starts [B], cache) -> (hidden states [B, T, D], cache with the tokens).
 
-    The positions of a row follow each other, from its number of tokens in the cache on. The cache
-    has `size` slots a row; None begins one.
+    A row's tokens have the positions from `starts` on; the cache holds those before. It has `size`
+    slots a row; None begins one, at position 0.
     """
     model = Llama(config, lora, dtype)
 
-    def read(tokens, positions, cache):
+    def read(tokens, starts, cache):
         variables = {'params': params} if cache is None else {'params': params, 'slots': cache}
-        plan = Cached(positions[:, 0])
-        hidden, made = model.apply(variables, tokens, positions, plan, mutable=['new'])
+        positions = starts[:, None] + jnp.arange(tokens.shape[1])
+        hidden, made = model.apply(variables, tokens, positions, Cached(starts), mutable=['new'])
         if cache is None:
             room = [(0, 0)] * 3 + [(0, size - tokens.shape[1]), (0, 0)]
             cache = jax.tree.map(lambda new: jnp.pad(_bits(new), room), made['new'])
         else:
-            cache = jax.tree.map(functools.partial(_store, positions[:, 0]), cache, made['new'])
+            cache = jax.tree.map(functools.partial(_store, starts), cache, made['new'])
         # [layers, B, K, size, E]: rows and heads lie where those of the activations do.
         return hidden, jax.tree.map(lambda x: constrain(x, None, ROW_AXES, HEAD_AXIS), cache)
 

@@ -185,7 +185,7 @@ def test_hidden_states_equal_those_of_one_causal_pass(dtype, atol, width):
     expected = apply_logits(params, config, rows)
     read = jax.jit(reader(params, config, None, jnp.dtype(dtype), 30 + width))
     padded = np.where(np.arange(21) < lengths[:, None], rows[:, :21], 0)
-    hidden, cache = read(padded, np.arange(21)[None].repeat(5, 0), None)
+    hidden, cache = read(padded, np.zeros(5, int), None)
     assert cache['layers']['attention']['key'].shape == (2, 5, 2, 30 + width, 8)
     seen = {(b, t): hidden[b, t] for b in range(5) for t in range(lengths[b])}
     rng = np.random.default_rng(8)
@@ -197,7 +197,7 @@ def test_hidden_states_equal_those_of_one_causal_pass(dtype, atol, width):
         known = np.take_along_axis(rows, np.minimum(at, 29), axis=1)
         rubbish = rng.integers(0, V, known.shape)
         tokens = np.where(np.arange(width) < count[:, None], known, rubbish)
-        hidden, cache = read(tokens, at, cache)
+        hidden, cache = read(tokens, done, cache)
         seen |= {(b, done[b] + i): hidden[b, i] for b in range(5) for i in range(count[b])}
         done += count
     assert len(seen) == sum(lengths + 9)
