@@ -6,6 +6,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'launch' / 'slurm.sbatch'
 RUN = "run palr --nodes=2 --gpus=8 --sbatch-flags='--partition=a100 --time=12:00:00'"
@@ -112,6 +114,20 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path):
     said = job.communicate(timeout=20)[0]
     assert 'job 4711 is queued again' in said
     assert 'saved' in said
+    assert (tmp_path / 'calls').read_text() == (
+        'scancel --signal=TERM 4711\nscontrol requeue 4711\n'
+    )
+
+
+@pytest.mark.parametrize('command', ['srun', 'wait'])
+def test_a_signal_as_the_run_is_started_queues_the_job_again(tmp_path, command):
+    # Before each command bash looks whether it is the one that the signal shall precede.
+    (tmp_path / 'early').write_text(
+        f"trap 'case $BASH_COMMAND in {command}*) trap - DEBUG; kill -USR1 $$;; esac' DEBUG\n"
+    )
+    program = f'echo $$ > {tmp_path}/up; sleep 1; echo end'
+    job = _job(tmp_path, program, BASH_ENV=str(tmp_path / 'early'))
+    assert 'job 4711 is queued again' in job.communicate(timeout=20)[0]
     assert (tmp_path / 'calls').read_text() == (
         'scancel --signal=TERM 4711\nscontrol requeue 4711\n'
     )
