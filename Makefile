@@ -1,5 +1,5 @@
 # make demo    the whole system on MovieLens-100K with SmolLM2-135M, under ten minutes on two cores
-# make test    the tests that need nothing but Python, but for the longest
+# make test    the tests that need no other packages, except the longest
 # make test-more  the tests that install PyTorch (CPU), libtpu and Playwright, start several processes,
 #              or take long
 # make test-beam  the tests of the Apache Beam path, in an environment of their own (.venv-beam)

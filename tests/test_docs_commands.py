@@ -6,6 +6,7 @@ scripts print what they would do. What the commands then do is tested beside eac
 
 import importlib.util
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -13,6 +14,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from jax.sharding import AbstractMesh
+from ml_collections import config_flags
+
+from palr_jax.parallel.devices import HARDWARE
+from palr_jax.parallel.mesh import AXES, axis_sizes, check_rows
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -136,3 +143,53 @@ def test_launch_scripts_understand_them(command):
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def devices(command):
+    """How many devices the machines have that a command asks for."""
+    words = ' '.join(command)
+    if found := re.search(r'--topology=v5e:(\d+)x(\d+)', words):
+        return int(found[1]) * int(found[2])
+    slice_type = r'--type=(\S+)|--accelerators=tpu-(\S+)|compile_check.* --config=\S+:(\S+)'
+    if found := re.search(slice_type, words):
+        return HARDWARE[next(filter(None, found.groups())).replace('v5litepod', 'v5e')].chips
+    counts = re.findall(r'--(?:nodes|gpus|processes)=(\d+)|--accelerators=\w+:(\d+)', words)
+    return math.prod(int(one or other) for one, other in counts)
+
+
+def shared_out(monkeypatch):
+    """[command, its config, its devices] of those that say what runs on which machines."""
+    for command in ALL:
+        if command[1:2] != ['palr_jax.compile_check'] and '--' not in command:
+            continue
+        values = flags.FlagValues()
+        argv = ['main', *(word for word in command if word.startswith('--config'))]
+        monkeypatch.setattr(sys, 'argv', argv)  # ml_collections makes the fields' flags from it
+        config_flags.DEFINE_config_file('config', flag_values=values)
+        values(argv)
+        yield command, values.config.get('base', values.config), devices(command)  # of a study
+
+
+@pytest.mark.filterwarnings('ignore:the load_module:DeprecationWarning')  # ml_collections'
+def test_the_devices_that_are_asked_for_can_share_the_work(monkeypatch):
+    checked = 0
+    for command, config, count in shared_out(monkeypatch):
+        sizes = axis_sizes(config.mesh, count)
+        assert math.prod(sizes) == count, command
+        mesh = AbstractMesh(sizes, AXES)
+        tuning = config.finetune
+        check_rows('finetune.batch_size', tuning.batch_size, mesh, tuning.accumulate)
+        check_rows('ranking.batch_size', config.ranking.batch_size, mesh)
+        checked += 1
+    assert checked > 8
+
+
+def test_what_the_faq_quotes_is_said():
+    sources = [path.read_text() for path in (ROOT / 'palr_jax').rglob('*.py')]
+    said = ' '.join(re.sub(r"'\s+f?'", '', source) for source in sources)
+    table = (ROOT / 'docs' / 'faq.md').read_text().partition('| --- | --- |')[2]
+    quoted = [row.split('`')[1] for row in table.splitlines() if row.startswith('| `')]
+    assert len(quoted) > 6
+    for quote in quoted:
+        pieces = (piece.strip(' ,.') for piece in re.split(r"…|'2024-01-01'", quote))
+        assert all(piece in said for piece in pieces if piece), quote

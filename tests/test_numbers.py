@@ -96,7 +96,8 @@ read = cache(lambda path: json.loads(path.read_text()))
 def chosen(node: Any, keys: list[str]) -> Iterator[tuple[str, float]]:
     """Paths and numbers below what the keys lead to."""
     if not keys and isinstance(node, str):
-        yield from (('', float(n)) for n, _ in numbers(node, True) if ',' not in n)
+        found = ((n, percent) for n, percent in numbers(node, True) if ',' not in n)
+        yield from (('', float(n) / (100 if percent else 1)) for n, percent in found)
     if not keys and isinstance(node, int | float) and not isinstance(node, bool):
         yield '', node
     children = enumerate(node) if isinstance(node, list) else ()
