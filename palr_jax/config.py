@@ -46,12 +46,13 @@ def default_config() -> ConfigDict:
     config.data.columns.item = 'item'  # text or whole numbers
     config.data.columns.time = 'time'  # numbers, or date and time types of Parquet
     config.data.items_path = ''  # table of the items (source 'table'); '' shows ids for titles
-    config.data.item_columns = ConfigDict()  # names of its columns; '' = it has none
-    config.data.item_columns.item = 'item'  # as in the events
-    config.data.item_columns.title = 'title'  # text
-    config.data.item_columns.keywords = 'keywords'  # lists, or text with a separator
-    config.data.keyword_separator = '|'  # between the keywords in a text
-    config.data.delimiter = ''  # of CSV and TSV, one character; '' = comma, and tab in .tsv
+    config.data.item_columns = ConfigDict()  # names of its columns
+    config.data.item_columns.item = 'item'  # as in the events; always needed
+    config.data.item_columns.title = 'title'  # text; '' = it has none
+    # lists, or text with a separator; '' = it has none
+    config.data.item_columns.keywords = 'keywords'
+    config.data.keyword_separator = '|'  # between the keywords in a text; '' = each text is one
+    config.data.delimiter = ''  # of CSV and TSV, one ASCII character; '' = comma, tab in .tsv
     config.data.k_core = 5  # least interactions of a user and of an item, to the fixed point
     # leave_one_out (the paper's) | temporal: two cuts in time that hold for all users
     config.data.split = 'leave_one_out'
@@ -168,7 +169,8 @@ def default_config() -> ConfigDict:
     config.tasks.negatives_by_genre = 0.5  # share of the negatives; the rest by co-visitation
     config.tasks.enrich = True  # fill short target lists from 3-hop neighbours
     config.tasks.enrich_min_users = 3  # users who must share a 3-hop item
-    config.tasks.swap = 0.1  # share of examples in which history and label swap one item
+    # Share of examples in which history and label swap one item (candidates_from 'similar').
+    config.tasks.swap = 0.1
 
     config.finetune = ConfigDict()
     # What is learned: sft (to write the answer, the paper's) | listwise (to score the targets above
@@ -457,6 +459,12 @@ def _check_together(config: ConfigDict) -> None:
             'a weight of 0, or lists of a retriever',
         ),
         (
+            0 not in config.ranking.fusion_weights,
+            ('ranking.fusion_weights',),
+            'the retriever alone is one of the choices',
+            'a weight of 0 among them',
+        ),
+        (
             retrieved and config.tasks.candidates > config.retrieval.candidates,
             ('tasks.candidates', 'retrieval.candidates'),
             'more cannot be listed than are retrieved',
@@ -504,32 +512,33 @@ def check_name(field: str, within: str = '') -> None:
 
 
 def _check(field: str, value: Any, default: Any) -> None:
+    kind = type(default[0] if isinstance(default, list) else default)
+    least, largest = RANGES.get(field, (1 if kind is int else 0, math.inf))
     if isinstance(default, list):
         allowed = MEMBERS.get(field)
-        kind = type(default[0])
         if not isinstance(value, list) or not value:
             good = False
         elif allowed is not None:
             good = set(value) <= set(allowed)
         else:
-            good = all(_is(entry, kind) and entry >= 0 for entry in value)
+            good = all(
+                _is(entry, kind) and least <= entry <= largest and math.isfinite(entry)
+                for entry in value
+            )
         if not good:
-            what = f'of {", ".join(allowed)}' if allowed else f'{kind.__name__}, 0 or larger'
+            what = f'of {", ".join(allowed)}' if allowed else f'{kind.__name__}, {least} or larger'
             raise InputError(
                 f'config.{field} is {value!r}; allowed: a tuple of one or more {what}.'
             )
         return
-    if not _is(value, type(default)):
-        raise InputError(
-            f'config.{field} is {value!r}; allowed: a value of type {type(default).__name__}.'
-        )
+    if not _is(value, kind):
+        raise InputError(f'config.{field} is {value!r}; allowed: a value of type {kind.__name__}.')
     if field in CHOICES and value not in CHOICES[field]:
         raise InputError(
             f'config.{field} is {value!r}; allowed: {", ".join(map(repr, CHOICES[field]))}.'
         )
     if isinstance(value, bool | str):
         return
-    least, largest = RANGES.get(field, (1 if isinstance(default, int) else 0, math.inf))
     if not least <= value <= largest or not math.isfinite(value):
         limits = f'{least} or more' if largest == math.inf else f'{least} to {largest}'
         raise InputError(f'config.{field} is {value}; allowed: {limits}.')

@@ -13,3 +13,8 @@ class InputError(Exception):
 
 class LocalError(InputError):
     """What this process alone has met, of several in one run: the others know nothing of it."""
+
+
+def is_local(error: Exception) -> bool:
+    """Whether this process alone may know of it, of several in one run: bad input all meet."""
+    return isinstance(error, LocalError) or not isinstance(error, InputError)

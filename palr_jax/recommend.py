@@ -30,7 +30,9 @@ from palr_jax.ranking.users import Scores, make_query, mean_scores
 from palr_jax.stages import has_stage
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Of a finished run.')
-HISTORY = flags.DEFINE_string('history', None, 'Titles, oldest first, with | between them.')
+HISTORY = flags.DEFINE_string(
+    'history', None, 'Titles or raw ids of items, oldest first, with | between them.'
+)
 NUMBER = flags.DEFINE_integer('number', 10, 'How many titles to print.', lower_bound=1)
 
 
@@ -51,16 +53,16 @@ class Recommendation:
     llm: float
 
 
-def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[Recommendation]:
-    """The `number` best items for a history of titles, best first.
+def recommend(workdir: epath.PathLike, names: list[str], number: int) -> list[Recommendation]:
+    """The `number` best items for a history, best first.
 
     Args:
       workdir: of a run whose ranking is finished.
-      titles: oldest first.
+      names: titles or raw ids, oldest first; see `find_items`.
       number: of recommendations; fewer where the run ranks fewer candidates.
 
     Raises:
-      InputError: a title is unknown, or the run is not finished.
+      InputError: a name is unknown, the run is not finished, or its LLM ranks no candidates.
     """
     workdir = epath.Path(workdir)
     if not has_stage(workdir, 'ranking'):
@@ -68,14 +70,14 @@ def recommend(workdir: epath.PathLike, titles: list[str], number: int) -> list[R
     config = restore(storage.read_json(workdir / 'config.json'))
     config.mesh.update({'data': 1, 'fsdp': 1, 'tensor': 1, 'slices': 1})  # one user, one device
     project = Project(config, workdir)
-    history = find_items(titles, project.dataset.catalogue)
-    items, base_scores = retrieve_for(project, history)
-    fusion = storage.read_json(project.folder('ranking') / 'fusion.json')
     if project.writes_freely:
         raise InputError(
             f'--workdir={workdir}: the LLM of this run writes freely and ranks no candidates; '
             'allowed: a run with config.prompts.candidates=True.'
         )
+    history = find_items(names, project.dataset.catalogue)
+    items, base_scores = retrieve_for(project, history)
+    fusion = storage.read_json(project.folder('ranking') / 'fusion.json')
 
     params, spec = project.adapted() if fusion['system'] == 'llm' else (project.base, None)
     with jax.default_matmul_precision(config.model.matmul_precision):
@@ -163,27 +165,30 @@ def retrieve_for(project: Project, history: np.ndarray) -> tuple[np.ndarray, np.
     return found.items[0][filled], found.scores[0][filled]
 
 
-def find_items(titles: list[str], catalogue: Catalogue) -> np.ndarray:
-    """[n] int32 items of the titles, whatever their case and blanks.
+def find_items(names: list[str], catalogue: Catalogue) -> np.ndarray:
+    """[n] int32 items of titles, whatever their case and blanks, or else of raw ids.
 
-    Where several items share a title, the first of the catalogue is taken.
+    Where several items share a title, the first of the catalogue is taken; the raw ids name the
+    others.
 
     Raises:
-      InputError: a title is not in the catalogue; names the nearest ones.
+      InputError: a name is not in the catalogue; tells the nearest titles.
     """
     by_title: dict[str, int] = {}
     for item in range(1, catalogue.items + 1):
         by_title.setdefault(_plain(catalogue.titles[item]), item)
+    by_id = {raw_id: item for item, raw_id in enumerate(catalogue.raw_ids) if item}
     items = []
-    for title in titles:
-        if _plain(title) not in by_title:
-            near = difflib.get_close_matches(_plain(title), by_title, n=3, cutoff=0.4)
-            names = ', '.join(f'"{catalogue.titles[by_title[t]]}"' for t in near)
+    for name in names:
+        item = by_title.get(_plain(name)) or by_id.get(name.strip())
+        if item is None:
+            near = difflib.get_close_matches(_plain(name), by_title, n=3, cutoff=0.4)
+            titles = ', '.join(f'"{catalogue.titles[by_title[t]]}"' for t in near)
             raise InputError(
-                f'--history: "{title}" is not in the catalogue; '
-                + (f'the nearest titles are {names}.' if near else 'no title comes near it.')
+                f'--history: "{name}" is not in the catalogue; allowed are titles and raw ids; '
+                + (f'the nearest titles are {titles}.' if near else 'no title comes near it.')
             )
-        items.append(by_title[_plain(title)])
+        items.append(item)
     return np.array(items, np.int32)
 
 
@@ -192,11 +197,11 @@ def _plain(title: str) -> str:
 
 
 def main(_: list[str]) -> None:
-    titles = [title.strip() for title in HISTORY.value.split('|') if title.strip()]
-    if not titles:
-        raise InputError('--history names no title; allowed: titles with | between them.')
+    names = [name.strip() for name in HISTORY.value.split('|') if name.strip()]
+    if not names:
+        raise InputError('--history names no item; allowed: titles or raw ids with | between them.')
     print(f'{"":>3}  {"score":>7}  {"retriever":>9}  {"LLM":>7}  title')
-    for place, found in enumerate(recommend(WORKDIR.value, titles, NUMBER.value), start=1):
+    for place, found in enumerate(recommend(WORKDIR.value, names, NUMBER.value), start=1):
         print(
             f'{place:>3}  {found.score:>7.3f}  {found.retriever:>9.3f}  {found.llm:>7.3f}  '
             f'{found.title}'

@@ -95,7 +95,7 @@ def read(raw: RawFiles) -> tuple[str, RawLog]:
             f'{raw.where(reviews)}: the file is empty; needed are lines with reviewerID, asin and '
             'unixReviewTime.'
         )
-    metadata, placeholders, lost = describe(raw, meta, log_items)
+    metadata, placeholders = describe(raw, meta, log_items)
     log = RawLog(
         users=users,
         items=items,
@@ -104,7 +104,6 @@ def read(raw: RawFiles) -> tuple[str, RawLog]:
         item_ids=tuple(log_items),
         metadata=metadata,
         files=(reviews, meta),
-        damaged_titles=lost,
         placeholders=placeholders,
     )
     return category.lower(), log
@@ -153,25 +152,22 @@ def events(raw: RawFiles, member: str) -> Iterator[tuple[str, str, int]]:
 
 def describe(
     raw: RawFiles, member: str, item_ids: Collection[str]
-) -> tuple[dict[str, Item], dict[str, str], int]:
+) -> tuple[dict[str, Item], dict[str, str]]:
     """What the metadata says of these items.
 
     Returns:
-      The items and the placeholders of those without a title, by raw id, and the number of titles
-      with lost characters.
+      The items and the placeholders of those without a title, by raw id.
 
     Raises:
       InputError: a line is malformed.
     """
     metadata: dict[str, Item] = {}
     placeholders: dict[str, str] = {}
-    lost = 0
     for item, product in products(raw, member, set(item_ids)):
         metadata[item] = product.item()
-        lost += '\ufffd' in product.title
         if is_missing(product.title) and product.placeholder():
             placeholders[item] = product.placeholder()
-    return metadata, placeholders, lost
+    return metadata, placeholders
 
 
 def products(raw: RawFiles, member: str, wanted: set[str]) -> Iterator[tuple[str, Product]]:

@@ -18,14 +18,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import huggingface_hub
 import platformdirs
@@ -269,32 +268,28 @@ def _install(path: Path, sha256: str | None, source: str, fetch: Callable[[Path]
 
 
 def _download(url: str, target: Path) -> None:
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response, target.open('wb') as out:
-            expected = response.headers.get('Content-Length')
-            size = _copy(response, out)
-    except (
-        urllib.error.URLError,
-        http.client.HTTPException,
-        TimeoutError,
-        ConnectionError,
-    ) as error:
-        raise InputError(
-            f'{url} cannot be fetched ({getattr(error, "reason", error)}); fetch it on another '
-            'machine and set the config field to the path of the file.'
-        ) from error
+    size = 0
+    response = _answer(url, lambda: urllib.request.urlopen(url, timeout=_TIMEOUT))
+    with response, target.open('wb') as out:
+        expected = response.headers.get('Content-Length')
+        while block := _answer(url, lambda: response.read(_BLOCK)):
+            out.write(block)
+            size += len(block)
     if expected is not None and size != int(expected):
         raise InputError(
             f'{url}: the connection ended after {size} of {expected} bytes; try again.'
         )
 
 
-def _copy(source: IO[bytes], target: IO[bytes]) -> int:
-    size = 0
-    while block := source.read(_BLOCK):
-        target.write(block)
-        size += len(block)
-    return size
+def _answer(url: str, ask: Callable[[], Any]) -> Any:
+    """What `ask` gets from the server; its errors are those of the connection, not of the disk."""
+    try:
+        return ask()
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(
+            f'{url} cannot be fetched ({getattr(error, "reason", None) or error}); fetch it on '
+            'another machine and set the config field to the path of the file.'
+        ) from error
 
 
 def _pip_download(requirement: str, target: Path) -> None:

@@ -22,8 +22,6 @@ from palr_jax.progress import Progress
 _BLOCK = 1 << 22  # bytes read at once
 _MANY_BLOCKS = 16  # a file of more shows its progress
 _HTML = re.compile(rb'\s*<(!doctype html|html|head)', re.IGNORECASE)
-# U+FFFD, and what it becomes when its UTF-8 bytes are read as latin-1.
-_LOST = ('\ufffd', 'ï¿½')
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,16 @@ class RawFiles:
                 if not block:
                     return
 
-    def text_lines(self, member: str) -> tuple[list[tuple[int, str]], int]:
-        """Reads a small text file that may be UTF-8 or latin-1.
+    def text_lines(self, member: str) -> list[tuple[int, str]]:
+        """(line number, line) of a small text file that may be UTF-8 or latin-1.
 
-        Returns:
-          (line number, line) without line ends and empty lines, and the number of lines in which
-          characters were lost before the file came here.
+        Line ends and empty lines are left out.
         """
         with self.open(member) as stream:
             text = decode(stream.read())
         # Not splitlines, which also splits at control characters of latin-1.
         lines = [(n, line.removesuffix('\r')) for n, line in enumerate(text.split('\n'), start=1)]
-        lost = sum(any(mark in line for mark in _LOST) for _, line in lines)
-        return [(n, line) for n, line in lines if line], lost
+        return [(n, line) for n, line in lines if line]
 
     def sha256(self, members: Sequence[str]) -> dict[str, str]:
         """The hash of the archive, or of each of the files that were used of a folder."""
@@ -185,7 +180,8 @@ def open_files(path: epath.PathLike) -> RawFiles:
             stream.seek(0)
             with zipfile.ZipFile(stream) as archive:
                 found = {info.filename: info.file_size for info in archive.infolist()}
-    except zipfile.BadZipFile as error:
+    # Damage may also read as a version that zipfile does not know, or as a name that is not UTF-8.
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
         raise InputError(f'{path}: {_not_a_zip(start)}.') from error
     except OSError as error:
         raise InputError(f'{path}: cannot be read ({error.strerror or error}).') from error

@@ -41,7 +41,6 @@ class RawLog:
     item_ids: tuple[str, ...]
     metadata: Mapping[str, Item]  # by raw item id; may lack some and may know more
     files: tuple[str, ...]  # that were read
-    damaged_titles: int  # titles whose accents were lost in the copy
     # What to show for an item without a title, by raw item id; may lack some.
     placeholders: Mapping[str, str] = field(default_factory=dict)
 

@@ -15,6 +15,8 @@ from palr_jax.data.splits import Split, describe
 from palr_jax.errors import InputError
 
 _MINIMUM_USERS = 3
+# U+FFFD, and what it becomes when its UTF-8 bytes are read as latin-1.
+_LOST = ('\ufffd', 'ï¿½')
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load(config: ConfigDict) -> Source:
         'k_core': {'k': config.k_core, 'rounds': [*prepared.rounds, *rounds]},
         'titles': {
             'placeholder': untitled,
-            'damaged': log.damaged_titles,
+            'damaged': sum(any(mark in title for mark in _LOST) for title in catalogue.titles),
             'shared': catalogue.items - len(set(catalogue.titles[1:])),
         },
     }

@@ -13,6 +13,8 @@ from palr_jax.data.files import RawFiles, shorten
 from palr_jax.data.interactions import Item, RawLog
 from palr_jax.errors import InputError
 
+# The events first.
+FILES = {'ml100k': ('u.data', 'u.item', 'u.genre'), 'ml1m': ('ratings.dat', 'movies.dat')}
 _RATINGS = {b'1', b'2', b'3', b'4', b'5'}
 
 
@@ -22,9 +24,8 @@ def read_ml100k(raw: RawFiles) -> RawLog:
     Raises:
       InputError: a file is missing, empty or malformed.
     """
-    data, item, genre = raw.need(['u.data', 'u.item', 'u.genre'])
-    metadata, lost = ml100k_items(raw, item, genre)
-    return _log(raw, data, metadata, (data, item, genre), lost)
+    data, item, genre = raw.need(FILES['ml100k'])
+    return _log(raw, data, ml100k_items(raw, item, genre), (data, item, genre))
 
 
 def read_ml1m(raw: RawFiles) -> RawLog:
@@ -33,18 +34,11 @@ def read_ml1m(raw: RawFiles) -> RawLog:
     Raises:
       InputError: a file is missing, empty or malformed.
     """
-    ratings, movies = raw.need(['ratings.dat', 'movies.dat'])
-    metadata, lost = ml1m_items(raw, movies)
-    return _log(raw, ratings, metadata, (ratings, movies), lost)
+    ratings, movies = raw.need(FILES['ml1m'])
+    return _log(raw, ratings, ml1m_items(raw, movies), (ratings, movies))
 
 
-def _log(
-    raw: RawFiles,
-    member: str,
-    metadata: dict[str, Item],
-    used: tuple[str, ...],
-    lost: int,
-) -> RawLog:
+def _log(raw: RawFiles, member: str, metadata: dict[str, Item], used: tuple[str, ...]) -> RawLog:
     blocks = list(ratings(raw, member))
     if not blocks:
         raise InputError(
@@ -62,7 +56,6 @@ def _log(
         item_ids=tuple(map(str, item_ids.tolist())),
         metadata=metadata,
         files=used,
-        damaged_titles=lost,
     )
 
 
@@ -89,7 +82,7 @@ def ratings(raw: RawFiles, member: str) -> Iterator[tuple[np.ndarray, np.ndarray
 
 
 def _genres(raw: RawFiles, member: str) -> list[str]:
-    lines, _ = raw.text_lines(member)
+    lines = raw.text_lines(member)
     genres = []
     for number, line in lines:
         name, _, index = line.partition('|')
@@ -104,21 +97,21 @@ def _genres(raw: RawFiles, member: str) -> list[str]:
     return genres
 
 
-def ml1m_items(raw: RawFiles, member: str) -> tuple[dict[str, Item], int]:
-    """What `movies.dat` says by raw id, and the number of lines with lost characters.
+def ml1m_items(raw: RawFiles, member: str) -> dict[str, Item]:
+    """What `movies.dat` says by raw id.
 
     Raises:
       InputError: a line is malformed.
     """
     metadata: dict[str, Item] = {}
-    rows, lost = _item_rows(raw, member, '::', ['id', 'title', 'genres'])
-    for number, (raw_id, title, genres) in rows:
+    for number, fields in _item_rows(raw, member, '::', ['id', 'title', 'genres']):
+        raw_id, title, genres = fields
         _add(metadata, raw.where(member, number), raw_id, Item(title, tuple(genres.split('|'))))
-    return metadata, lost
+    return metadata
 
 
-def ml100k_items(raw: RawFiles, member: str, genre: str) -> tuple[dict[str, Item], int]:
-    """What `u.item` says by raw id, and the number of lines with lost characters.
+def ml100k_items(raw: RawFiles, member: str, genre: str) -> dict[str, Item]:
+    """What `u.item` says by raw id.
 
     Raises:
       InputError: a line of it or of `u.genre` is malformed.
@@ -126,8 +119,7 @@ def ml100k_items(raw: RawFiles, member: str, genre: str) -> tuple[dict[str, Item
     genres = _genres(raw, genre)
     metadata: dict[str, Item] = {}
     names = ['id', 'title', 'release date', 'video release date', 'URL', *genres]
-    rows, lost = _item_rows(raw, member, '|', names)
-    for number, fields in rows:
+    for number, fields in _item_rows(raw, member, '|', names):
         raw_id, title, flags = fields[0], fields[1], fields[5:]
         wrong = next((n for n, flag in enumerate(flags) if flag not in ('0', '1')), None)
         if wrong is not None:
@@ -137,14 +129,14 @@ def ml100k_items(raw: RawFiles, member: str, genre: str) -> tuple[dict[str, Item
             )
         keywords = tuple(genre for genre, flag in zip(genres, flags) if flag == '1')
         _add(metadata, raw.where(member, number), raw_id, Item(title, keywords))
-    return metadata, lost
+    return metadata
 
 
 def _item_rows(
     raw: RawFiles, member: str, separator: str, names: Sequence[str]
-) -> tuple[list[tuple[int, list[str]]], int]:
-    """(line number, fields) of a file of items, and the number of lines with lost characters."""
-    lines, lost = raw.text_lines(member)
+) -> list[tuple[int, list[str]]]:
+    """(line number, fields) of a file of items."""
+    lines = raw.text_lines(member)
     if not lines:
         raise InputError(f'{raw.where(member)}: the file is empty; needed is a line for each item.')
     rows = [(number, line.split(separator)) for number, line in lines]
@@ -155,7 +147,7 @@ def _item_rows(
                 f'{shorten(separator.join(fields))}; needed {len(names)} ({", ".join(names[:5])}'
                 f'{", …" if len(names) > 5 else ""}), separated by {separator!r}.'
             )
-    return rows, lost
+    return rows
 
 
 def _add(metadata: dict[str, Item], where: str, raw_id: str, item: Item) -> None:

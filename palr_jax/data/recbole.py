@@ -45,6 +45,15 @@ def find(raw: RawFiles) -> str | None:
     return found[0] if found else None
 
 
+def stands_for(raw: RawFiles, mark: str) -> bool:
+    """Whether the raw files are RecBole's form of a data set that officially has the file `mark`.
+
+    Raises:
+      InputError: there are several `.inter` files, or several files of that name.
+    """
+    return raw.find(mark) is None and find(raw) is not None
+
+
 def need(raw: RawFiles) -> tuple[str, str]:
     """The `.inter` and the `.item` file.
 
@@ -72,16 +81,16 @@ def read(raw: RawFiles) -> RawLog:
       InputError: a file or field is missing, or a row is malformed.
     """
     inter, item = need(raw)
-    metadata, lost = read_items(raw, item)
+    metadata = read_items(raw, item)
     users, items, times, user_ids, item_ids = _events(raw, inter)
-    return RawLog(users, items, times, user_ids, item_ids, metadata, (inter, item), lost)
+    return RawLog(users, items, times, user_ids, item_ids, metadata, (inter, item))
 
 
 def _events(
     raw: RawFiles, member: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...], tuple[str, ...]]:
     where = raw.where(member)
-    codes_of: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
+    codes_of: tuple[dict[str, int], dict[str, int]] = ({}, {})
     blocks = []
     for users, items, times in columns(raw, member):
         codes = (_codes(column, table) for column, table in zip((users, items), codes_of))
@@ -92,13 +101,12 @@ def _events(
             'and timestamp:float, and a line for each event.'
         )
     users, items, times = (np.concatenate(column) for column in zip(*blocks))
-    user_ids, item_ids = (tuple(files.decode(b'\n'.join(table)).split('\n')) for table in codes_of)
-    return users, items, times, user_ids, item_ids
+    return users, items, times, *map(tuple, codes_of)
 
 
 def columns(
     raw: RawFiles, member: str
-) -> Iterator[tuple[Sequence[bytes], Sequence[bytes], np.ndarray]]:
+) -> Iterator[tuple[Sequence[str], Sequence[str], np.ndarray]]:
     """Yields users, items and times [rows] of a `.inter` file in file order.
 
     Raises:
@@ -115,25 +123,40 @@ def columns(
                 continue
         fields = files.split_columns(where, numbers, lines, b'\t', len(header))
         users, items, times = (fields[index] for index in wanted)
-        for name, column in (('user_id', users), ('item_id', items)):
-            if b'' in column:
-                raise InputError(
-                    f'{where}, line {numbers[column.index(b"")]}: {name} is empty; needed is an id.'
-                )
-        yield users, items, _seconds(where, numbers, times)
+        yield (
+            _ids(where, numbers, users, 'user_id'),
+            _ids(where, numbers, items, 'item_id'),
+            _seconds(where, numbers, times),
+        )
 
 
-def _codes(column: Sequence[bytes], table: dict[bytes, int]) -> np.ndarray:
+def _ids(where: str, numbers: Sequence[int], column: Sequence[bytes], name: str) -> list[str]:
+    """Raw ids [rows], of which none is empty."""
+    if b'' in column:
+        raise InputError(
+            f'{where}, line {numbers[column.index(b"")]}: {name} is empty; needed is an id.'
+        )
+    try:
+        return b'\n'.join(column).decode().split('\n')
+    except UnicodeDecodeError as error:
+        at = error.object.count(b'\n', 0, error.start)
+        raise InputError(
+            f'{where}, line {numbers[at]}: byte {error.object[error.start]:#04x} in '
+            f'{shorten(column[at])} ({name}) is not UTF-8; allowed is UTF-8.'
+        ) from error
+
+
+def _codes(column: Sequence[str], table: dict[str, int]) -> np.ndarray:
     """Codes of raw ids in order of appearance; extends `table`. Returns [rows] int32."""
     codes = (table.setdefault(raw_id, len(table)) for raw_id in column)
     return np.fromiter(codes, np.int32, len(column))
 
 
 def _seconds(where: str, numbers: Sequence[int], column: Sequence[bytes]) -> np.ndarray:
-    """Timestamps [rows] float64, which is exact for whole seconds."""
+    """Timestamps [rows] float64, which is exact for whole seconds; they fit into 64 bits."""
     try:
         seconds = np.fromiter(map(float, column), np.float64, len(column))
-        if np.isfinite(seconds).all():
+        if (np.abs(seconds) < 2**63).all():  # NaN compares false
             return seconds
     except ValueError:
         pass
@@ -145,18 +168,18 @@ def _seconds(where: str, numbers: Sequence[int], column: Sequence[bytes]) -> np.
 
 def _is_number(value: bytes) -> bool:
     try:
-        return bool(np.isfinite(float(value)))
+        return abs(float(value)) < 2**63
     except ValueError:
         return False
 
 
-def read_items(raw: RawFiles, member: str) -> tuple[dict[str, Item], int]:
-    """What a `.item` file says by raw id, and the number of lines with lost characters.
+def read_items(raw: RawFiles, member: str) -> dict[str, Item]:
+    """What a `.item` file says by raw id.
 
     Raises:
       InputError: a field is missing, or a row is malformed.
     """
-    lines, lost = raw.text_lines(member)
+    lines = raw.text_lines(member)
     where = raw.where(member)
     if not lines:
         raise InputError(
@@ -185,7 +208,7 @@ def read_items(raw: RawFiles, member: str) -> tuple[dict[str, Item], int]:
             title = _with_year(title, fields[year_at])
         keywords = () if keywords_at is None else _split_keywords(fields[keywords_at])
         metadata[fields[id_at]] = Item(title, keywords)
-    return metadata, lost
+    return metadata
 
 
 def _unquoted(field: str) -> str:

@@ -45,14 +45,13 @@ def parse(config: ConfigDict) -> Parsed:
     return _PARSERS[config.source](config)
 
 
-def _movielens(name: str, parse: Callable[[RawFiles], RawLog], mark: str) -> Callable[..., Parsed]:
+def _movielens(name: str, parse: Callable[[RawFiles], RawLog]) -> Callable[..., Parsed]:
     """A parser of the official layout that takes RecBole's form of the same data as well."""
 
     def parser(config: ConfigDict) -> Parsed:
         raw = open_files(fetch.resolve(config.path))
-        if raw.find(mark) is None and recbole.find(raw) is not None:
-            return _parsed(raw, name, recbole.read(raw))
-        return _parsed(raw, name, parse(raw))
+        recboles = recbole.stands_for(raw, movielens.FILES[name][0])
+        return _parsed(raw, name, recbole.read(raw) if recboles else parse(raw))
 
     return parser
 
@@ -90,8 +89,8 @@ def _tfds(config: ConfigDict) -> Parsed:
 
 
 _PARSERS: dict[str, Callable[[ConfigDict], Parsed]] = {
-    'ml100k': _movielens('ml100k', movielens.read_ml100k, 'u.data'),
-    'ml1m': _movielens('ml1m', movielens.read_ml1m, 'ratings.dat'),
+    'ml100k': _movielens('ml100k', movielens.read_ml100k),
+    'ml1m': _movielens('ml1m', movielens.read_ml1m),
     'recbole': _recbole,
     'amazon': _amazon,
     'table': _table,

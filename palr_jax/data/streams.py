@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from palr_jax.data import amazon, fetch, files, movielens, recbole, tables
+from palr_jax.data import amazon, fetch, movielens, recbole, tables
 from palr_jax.data.files import RawFiles, open_files
 from palr_jax.data.interactions import Item
 from palr_jax.errors import InputError
@@ -17,6 +17,7 @@ class Stream(NamedTuple):
     """A log in one or more files, which follow each other."""
 
     name: str  # of the data set
+    form: str  # the source whose parser reads the files
     raw: RawFiles
     members: tuple[str, ...]  # files of events
     described: tuple[str, ...]  # files about the items, among those of `raw`
@@ -27,7 +28,6 @@ class Described(NamedTuple):
 
     metadata: dict[str, Item]
     placeholders: dict[str, str]
-    damaged_titles: int
     sha256: dict[str, str]  # of all raw files by name
 
 
@@ -45,19 +45,18 @@ def open_stream(config: ConfigDict) -> Stream:
     path = fetch.resolve(config.path)
     if config.source == 'table':
         raw, members = tables.open_log(config, path)
-        return Stream(path.name.split('.')[0], raw, tuple(members), ())
+        return Stream(path.name.split('.')[0], 'table', raw, tuple(members), ())
     if config.source == 'amazon':
         raw = amazon.open_category(path)
         category, reviews, meta = amazon.find(raw)
-        return Stream(category.lower(), raw, (reviews,), (meta,))
-    raw = open_files(path)
-    if config.source == 'recbole':
-        inter, item = recbole.need(raw)
-        name = inter.rsplit('/', 1)[-1].removesuffix('.inter')
-        return Stream(name, raw, (inter,), (item,))
-    names = {'ml100k': ['u.data', 'u.item', 'u.genre'], 'ml1m': ['ratings.dat', 'movies.dat']}
-    data, *others = raw.need(names[config.source])
-    return Stream(config.source, raw, (data,), tuple(others))
+        return Stream(category.lower(), 'amazon', raw, (reviews,), (meta,))
+    raw, official = open_files(path), movielens.FILES.get(config.source)
+    if official and not recbole.stands_for(raw, official[0]):
+        data, *others = raw.need(official)
+        return Stream(config.source, config.source, raw, (data,), tuple(others))
+    inter, item = recbole.need(raw)
+    name = config.source if official else inter.rsplit('/', 1)[-1].removesuffix('.inter')
+    return Stream(name, 'recbole', raw, (inter,), (item,))
 
 
 def events(config: ConfigDict, member: str) -> Iterator[tuple[str, str, float]]:
@@ -66,14 +65,15 @@ def events(config: ConfigDict, member: str) -> Iterator[tuple[str, str, float]]:
     Raises:
       InputError: the file cannot be read, or a row is malformed.
     """
-    raw = open_stream(config).raw
-    if config.source == 'table':
+    stream = open_stream(config)
+    raw = stream.raw
+    if stream.form == 'table':
         yield from tables.events(raw, member, config)
-    elif config.source == 'amazon':
+    elif stream.form == 'amazon':
         yield from amazon.events(raw, member)
-    elif config.source == 'recbole':
+    elif stream.form == 'recbole':
         for users, items, times in recbole.columns(raw, member):
-            yield from zip(map(files.decode, users), map(files.decode, items), times.tolist())
+            yield from zip(users, items, times.tolist())
     else:
         for users, items, times in movielens.ratings(raw, member):
             yield from zip(map(str, users.tolist()), map(str, items.tolist()), times.tolist())
@@ -88,15 +88,14 @@ def describe(config: ConfigDict, item_ids: Sequence[str]) -> Described:
     stream = open_stream(config)
     raw = stream.raw
     hashes = raw.sha256((*stream.members, *stream.described))
-    if config.source == 'table':
-        metadata, lost, more = tables.describe(config, item_ids)
-        return Described(metadata, {}, lost, hashes | more)
-    if config.source == 'amazon':
+    if stream.form == 'table':
+        metadata, more = tables.describe(config, stream.members, item_ids)
+        return Described(metadata, {}, hashes | more)
+    if stream.form == 'amazon':
         return Described(*amazon.describe(raw, stream.described[0], item_ids), hashes)
     read_items = {
         'ml100k': movielens.ml100k_items,
         'ml1m': movielens.ml1m_items,
         'recbole': recbole.read_items,
-    }[config.source]
-    metadata, lost = read_items(raw, *stream.described)
-    return Described(metadata, {}, lost, hashes)
+    }[stream.form]
+    return Described(read_items(raw, *stream.described), {}, hashes)

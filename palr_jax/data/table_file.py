@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,7 @@ from palr_jax.errors import InputError
 KINDS = {'.csv': ',', '.tsv': '\t', '.jsonl': None, '.ndjson': None, '.parquet': None}
 _BLOCK = 1 << 24  # bytes of a CSV file parsed at once
 _BATCH = 1 << 19  # rows of a Parquet file read at once
+_HALF_PAIR = re.compile('[\ud800-\udfff]')  # json.loads joins the two halves of a whole one
 
 # Numbers that tell the place of each row, and one Arrow array a column.
 Batch = tuple[Sequence[int], list[pa.Array]]
@@ -147,6 +149,13 @@ class TableFile:
                         )
                 try:
                     arrays.append(pa.array(values))
+                except UnicodeEncodeError as error:
+                    texts = (json.dumps(value, ensure_ascii=False) for value in values)
+                    number = next(n for n, text in zip(numbers, texts) if _HALF_PAIR.search(text))
+                    raise InputError(
+                        f'{self.place(number)}: {name} has {shorten(error.object)}, which holds '
+                        'half a surrogate pair; allowed are whole characters.'
+                    ) from error
                 except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
                     raise self._malformed(error) from error
             yield numbers, arrays

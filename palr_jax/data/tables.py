@@ -14,7 +14,7 @@ read is an error that names its line.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +29,7 @@ from palr_jax.data.table_file import KINDS, TableFile, kind_of
 from palr_jax.errors import InputError
 
 _WHOLE_FLOAT = re.compile(r'-?\d+\.0+')
+_DELIMITER = re.compile('[\t !#-~]')
 
 
 def read(config: ConfigDict, path: epath.Path) -> tuple[dict[str, str], RawLog]:
@@ -47,48 +48,58 @@ def read(config: ConfigDict, path: epath.Path) -> tuple[dict[str, str], RawLog]:
     """
     raw, members = open_log(config, path)
     log = _events(raw, members, config)
-    metadata, lost, hashes = describe(config, log.item_ids)
-    log = dataclasses.replace(log, metadata=metadata, damaged_titles=lost)
-    return raw.sha256(members) | hashes, log
+    metadata, hashes = describe(config, members, log.item_ids)
+    return raw.sha256(members) | hashes, dataclasses.replace(log, metadata=metadata)
 
 
 def open_log(config: ConfigDict, path: epath.Path) -> tuple[RawFiles, list[str]]:
     """The files of the log at `path`, and their names in order.
 
+    The table of the items is not among them, if it lies in the same folder.
+
     Raises:
-      InputError: there are none, or they are of several kinds.
+      InputError: there are none, or they are of several kinds, or a field is wrong.
     """
-    if len(config.delimiter) > 1:
+    if config.delimiter and not _DELIMITER.fullmatch(config.delimiter):
         raise InputError(
-            f'config.data.delimiter is {config.delimiter!r}; allowed are one character, and '
-            'nothing, for what the name of the file tells.'
+            f'config.data.delimiter is {config.delimiter!r}; allowed are one printable ASCII '
+            'character but the double quote, tab, and nothing, for what the name of the file tells.'
         )
-    raw = open_files(path) if path.is_dir() else open_file(path)
-    members = [m for m in _parts(raw) if raw.path / m != epath.Path(config.items_path)]
-    return raw, members
+    if config.items_path and not config.item_columns.item:
+        raise InputError(
+            "config.data.item_columns.item is ''; needed is the column of the ids in "
+            f'{config.items_path}.'
+        )
+    if not path.is_dir():
+        raw = open_file(path)
+        return raw, _parts(raw)
+    raw = open_files(path)
+    return raw, _parts(raw, epath.Path(config.items_path))
 
 
 def describe(
-    config: ConfigDict, item_ids: Sequence[str]
-) -> tuple[dict[str, Item], int, dict[str, str]]:
+    config: ConfigDict, members: Collection[str], item_ids: Sequence[str]
+) -> tuple[dict[str, Item], dict[str, str]]:
     """What the table at `config.items_path` says of these items.
 
+    Args:
+      members: names of the files of the log.
+
     Returns:
-      The items by raw id, the number of titles with lost characters, and the hash of the file by
-      its name; nothing where the path is ''.
+      The items by raw id, and the hash of the file by its name, or by its path where a file of the
+      log has that name; nothing where `config.items_path` is ''.
 
     Raises:
       InputError: the file is missing or malformed, or knows none of the items.
     """
     if not config.items_path:
         logging.warning('config.data.items_path is not set: prompts will show item ids.')
-        return {}, 0, {}
+        return {}, {}
     raw = open_file(config.items_path, 'config.data.items_path')
     (member,) = _parts(raw)
     metadata = _items(TableFile(raw, member, config.delimiter), config, item_ids)
-    lost = sum('\ufffd' in item.title for item in metadata.values())
-    name = member if member != epath.Path(config.path).name else raw.where(member)
-    return metadata, lost, {name: raw.sha256([member])[member]}
+    name = raw.where(member) if member in members else member
+    return metadata, {name: raw.sha256([member])[member]}
 
 
 def events(raw: RawFiles, member: str, config: ConfigDict) -> Iterator[tuple[str, str, float]]:
@@ -112,9 +123,14 @@ def _columns(config: ConfigDict) -> dict[str, str]:
     return {f'columns.{name}': config.columns[name] for name in ('user', 'item', 'time')}
 
 
-def _parts(raw: RawFiles) -> list[str]:
-    """The files of a table by name; hidden ones and marks such as _SUCCESS are not among them."""
+def _parts(raw: RawFiles, other: epath.Path | None = None) -> list[str]:
+    """The files of a table by name; hidden ones and marks such as _SUCCESS are not among them.
+
+    Nor is `other`, the file of another table.
+    """
     members = sorted(m for m in raw.members if m[0] not in '._' and '/' not in m)
+    if other is not None:
+        members = [m for m in members if (raw.path / m).resolve() != other.resolve()]
     if not members:
         raise InputError(
             f'{raw.path}: found no files; needed are tables ({", ".join(KINDS)}) of one kind.'
@@ -154,7 +170,6 @@ def _events(raw: RawFiles, members: Sequence[str], config: ConfigDict) -> RawLog
         item_ids=tuple(item_codes),
         metadata={},
         files=tuple(members),
-        damaged_titles=0,
     )
 
 
@@ -309,16 +324,18 @@ def _keywords(
     column = _plain(column)
     kind = column.type
     listed = types.is_list(kind) or types.is_large_list(kind)
-    if not (_is_text(kind) or types.is_null(kind) or (listed and _is_text(kind.value_type))):
+    of = kind.value_type if listed else kind
+    if not (_is_text(of) or types.is_null(of)):
         raise InputError(
             f'{table.place(numbers[0])}: {config.item_columns.keywords} is of the type {kind}; '
             'allowed are text and lists of text.'
         )
-    found = []
+    separator, found = config.keyword_separator, []
     for number, value in zip(numbers, column.to_pylist()):
         if not listed:
             text = table.text(number, value or '')
-            value = [] if is_missing(text) else text.split(config.keyword_separator)
+            parts = text.split(separator) if separator else [text]
+            value = [] if is_missing(text) else parts
         words = (' '.join((word or '').split()) for word in value or [])
         found.append(tuple(word for word in words if word))
     return found

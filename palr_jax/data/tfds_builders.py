@@ -73,9 +73,7 @@ class _Histories(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         parsed = parse(ConfigDict({'source': self.builder_config.source, 'path': path}))
         events, item_ids, repeated = interactions.build(parsed.log)
         prepared = Prepared(rows=len(parsed.log.users), repeated=repeated)
-        described = Described(
-            parsed.log.metadata, parsed.log.placeholders, parsed.log.damaged_titles, parsed.sha256
-        )
+        described = Described(parsed.log.metadata, parsed.log.placeholders, parsed.sha256)
         self.info.metadata.update(make_metadata(parsed.name, described, prepared, item_ids))
         return {SPLIT: _examples(events, item_ids)}
 
@@ -135,7 +133,6 @@ def make_metadata(
         'name': name,
         'sha256': described.sha256,
         'prepared': prepared._asdict(),
-        'damaged_titles': described.damaged_titles,
         'item_ids': list(item_ids),
         'titles': [item.title for item in items],
         'keywords': [list(item.keywords) for item in items],
@@ -188,7 +185,6 @@ def read(path: epath.PathLike) -> Parsed:
         item_ids=tuple(metadata['item_ids']),
         metadata={raw_id: Item(title, tuple(words)) for raw_id, title, words in described},
         files=(),
-        damaged_titles=metadata['damaged_titles'],
         placeholders={raw_id: text for raw_id, text in placeholders if text},
     )
     prepared = Prepared(**metadata['prepared'])

@@ -259,15 +259,17 @@ def _brute_force(scann: Any, vectors: np.ndarray) -> Search:
     total = len(vectors)
 
     def search(queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        best = np.empty((len(queries), k), np.int64)
+        best_scores = np.empty(best.shape, np.float32)
         # ScaNN cuts a group of equal scores where it likes: fetch on until the group has ended.
-        fetch = min(total, k + 1)
-        while True:
-            rows, scores = searcher.search_batched_parallel(queries, fetch)
-            if fetch == total or not np.any(scores[:, k - 1] == scores[:, -1]):
-                break
-            fetch = min(total, 2 * fetch)
-        rows, scores = in_order(rows.astype(np.int64), scores)
-        return rows[:, :k], scores[:, :k]
+        left, fetch = np.arange(len(queries)), min(total, k + 1)
+        while len(left):
+            rows, scores = searcher.search_batched_parallel(queries[left], fetch)
+            cut = (scores[:, k - 1] == scores[:, -1]) & (fetch < total)
+            rows, scores = in_order(rows.astype(np.int64), scores)
+            best[left], best_scores[left] = rows[:, :k], scores[:, :k]
+            left, fetch = left[cut], min(total, 2 * fetch)
+        return best, best_scores
 
     return search
 

@@ -139,10 +139,11 @@ def binary_ce(
     negatives: jax.Array,
     beta: float = 1.0,
 ) -> jax.Array:
-    """-(beta log sigmoid(target) + mean over n of log sigmoid(-negative)).
+    """-(beta log sigmoid(target) + sum over n of log sigmoid(-negative)).
 
     With one negative a token and beta 1 it is SASRec's own loss; with many and the beta of
-    `gbce_beta` it is gBCE.
+    `gbce_beta` it is gBCE. A sum, since that beta holds n already: with a mean n would count twice.
+    The constant 1 / (n + 1) of gSASRec's code is left out: Adam's steps do not depend on it.
 
     Args:
       negatives: [M, n] item ids, or [1, n] that all tokens share.
@@ -154,7 +155,7 @@ def binary_ce(
     else:
         logits = jnp.einsum('md,mnd->mn', states, embed_items(table, negatives))
     against = jnp.where(targets[:, None] == negatives, 0, jax.nn.softplus(logits))
-    return _mean(beta * jax.nn.softplus(-positive) + against.mean(-1), targets)
+    return _mean(beta * jax.nn.softplus(-positive) + against.sum(-1), targets)
 
 
 def gbce_beta(negatives: int, items: int, t: float) -> float:

@@ -30,6 +30,5 @@ class Popularity:
 
 def fit_popularity(split: Split, items: int) -> Popularity:
     """Counts the training events of the `items` items of a catalogue."""
-    train = [split.train(user) for user in range(len(split.train_end))]
-    counts = np.bincount(np.concatenate([np.zeros(0, np.int32), *train]), minlength=items + 1)
+    counts = np.bincount(split.items[split.train_events()], minlength=items + 1)
     return Popularity(counts[1:].astype(np.float32))

@@ -50,7 +50,12 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize(
     ('write', 'source', 'k_core'),
-    [(write_ml1m, 'ml1m', 9), (write_amazon, 'amazon', 5), (write_recbole, 'recbole', 0)],
+    [
+        (write_ml1m, 'ml1m', 9),
+        (write_amazon, 'amazon', 5),
+        (write_recbole, 'recbole', 0),
+        (write_recbole, 'ml100k', 0),
+    ],
 )
 def test_beam_equals_the_memory(tmp_path, write, source, k_core):
     config = make_config(source, write(tmp_path / 'raw'), k_core)
@@ -70,6 +75,7 @@ def write_table(folder):
             rows.append({'user': f'u{user}', 'item': item, 'time': int(rng.integers(50)) / 4})
         (folder / f'part-{part}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     titles = [{'item': n, 'title': f'Title {n}', 'keywords': 'a|b'} for n in range(0, 40, 2)]
+    titles[0]['title'] = titles[-1]['title'] = 'Lost \ufffd'  # of a common and of a rare item
     items = folder.parent / 'items.jsonl'
     items.write_text('\n'.join(map(json.dumps, titles)))
     return items
@@ -83,6 +89,7 @@ def test_d08_d11_ties_repeats_and_rounds_over_several_files(tmp_path):
     memory = load(config)
     assert memory.record['dropped']['repeated'] > 100
     assert len(memory.record['k_core']['rounds']) > 1
+    assert memory.record['titles']['damaged'] == 1
     prepared = prepare(config, tmp_path / 'to')
     assert_same(load(prepared), memory)
     assert [path.name for path in (tmp_path / 'to').iterdir()] != []

@@ -131,6 +131,21 @@ def test_d02_lost_accents_are_warned_about(tmp_path, monkeypatch):
     assert '2 titles hold U+FFFD' in warnings[0]
 
 
+def test_damaged_titles_are_those_of_the_kept_items(tmp_path):
+    """As a pipeline counts them, which looks at no other items."""
+    folder = write_ml1m(tmp_path)
+    movies, ratings = folder / 'movies.dat', folder / 'ratings.dat'
+    with movies.open('a', encoding='latin-1') as stream:
+        stream.write(
+            '998::Mis\u00efrables (1995)::Drama\n999::Caf\u00ef\u00bf\u00bd (1995)::Drama\n'
+        )
+    user = ratings.read_text().split('::')[0]
+    with ratings.open('a') as stream:
+        stream.write(f'{user}::999::5::1\n')
+    assert load(make_config(folder, 'ml1m', k_core=5)).record['titles']['damaged'] == 0
+    assert load(make_config(folder, 'ml1m', k_core=0)).record['titles']['damaged'] == 1
+
+
 def test_the_table_of_counts(tmp_path):
     """By hand: 3 users and 3 items in a 2-core, one item and one repeat that fall."""
     rows = ['1\t1\t5\t1', '1\t2\t5\t2', '2\t2\t5\t1', '2\t1\t5\t3', '3\t1\t5\t5', '3\t2\t5\t6']

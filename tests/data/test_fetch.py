@@ -3,8 +3,10 @@
 import fnmatch
 import functools
 import hashlib
+import http.client
 import http.server
 import re
+import ssl
 import subprocess
 import threading
 import zipfile
@@ -115,6 +117,30 @@ def test_no_answer(cache, monkeypatch):
     with pytest.raises(InputError, match=r'x\.zip cannot be fetched .* config field to the path'):
         resolve('download:x')
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    'error',
+    [ssl.SSLError(1, '[SSL] record layer failure'), OSError(113, 'No route to host')],
+    ids=['tls', 'route'],
+)
+def test_a_connection_that_breaks_is_not_blamed_on_the_disk(cache, server, monkeypatch, error):
+    def read(self, size):
+        raise error
+
+    monkeypatch.setattr(http.client.HTTPResponse, 'read', read)
+    with pytest.raises(InputError, match=r'good\.zip cannot be fetched \(.*(failure|No route)'):
+        resolve('download:good')
+    assert list(cache.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_named(cache, server, monkeypatch):
+    def copy(url, target):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(fetch, '_download', copy)
+    with pytest.raises(InputError, match=r'good\.zip: cannot be written \(No space left'):
+        resolve('download:good')
 
 
 @pytest.fixture

@@ -21,7 +21,6 @@ def make_log(rows, metadata=None):
         item_ids=tuple(items),
         metadata=metadata or {},
         files=(),
-        damaged_titles=0,
     )
 
 

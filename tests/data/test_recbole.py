@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from palr_jax.data import load, recbole
+from palr_jax.data import load, recbole, streams
 from palr_jax.data.files import open_files
 from palr_jax.errors import InputError
 
@@ -12,7 +12,7 @@ ITEM = 'item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_se
 
 
 def read(folder, inter=INTER + 'u1\tB7\t5\t100\n', item=ITEM + 'B7\tHeat\t1995\tDrama\n'):
-    (folder / 'x.inter').write_text(inter, encoding='utf-8')
+    (folder / 'x.inter').write_bytes(inter if isinstance(inter, bytes) else inter.encode())
     (folder / 'x.item').write_text(item, encoding='utf-8')
     return recbole.read(open_files(folder))
 
@@ -109,12 +109,29 @@ def test_the_layout_of_amazon_2023(tmp_path):
         (INTER + '1\t2\t3\n', r'x\.inter, line 2: found 3 fields .* needed 4, separated by tab'),
         (INTER + '1\t2\t3\t4\n1\t2\t3\tnan\n', r"line 3: timestamp is 'nan'; allowed are numbers"),
         (INTER + '1\t2\t3\tnoon\n', r"line 2: timestamp is 'noon'"),
+        (
+            INTER + '1\t2\t3\t4\n1\t2\t3\t1e30\n',
+            r"line 3: timestamp is '1e30'; allowed are numbers",
+        ),
         (INTER + '1\t\t3\t4\n', r'line 2: item_id is empty'),
+        (
+            f'{INTER}é\t2\t3\t4\n\n'.encode() + b'c\xe9\t2\t3\t4\n',
+            r"x\.inter, line 4: byte 0xe9 in 'cé' \(user_id\) is not UTF-8; allowed is UTF-8",
+        ),
+        (
+            INTER.encode() + b'1\t\xc3\t3\t4\n',
+            r"line 2: byte 0xc3 in 'Ã' \(item_id\) is not UTF-8",
+        ),
     ],
 )
 def test_malformed_interactions(tmp_path, inter, message):
+    """Refused as a whole log, and event by event."""
     with pytest.raises(InputError, match=message):
         read(tmp_path, inter)
+    if 'no rows' not in message:
+        config = ConfigDict({'source': 'recbole', 'path': str(tmp_path), 'k_core': 0})
+        with pytest.raises(InputError, match=message):
+            list(streams.events(config, 'x.inter'))
 
 
 @pytest.mark.parametrize(

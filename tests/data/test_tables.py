@@ -1,6 +1,7 @@
 """Tables of one's own, in every kind of file: the same log, and everything that can be wrong."""
 
 import gzip
+import hashlib
 import json
 
 import numpy as np
@@ -202,6 +203,13 @@ ROW = '1,2,3\n'
             r'line 1: byte 0xe9 in .* UTF-8',
         ),
         ('a.jsonl', '{"user": 36893488147419103232, "item": 2, "time": 1}', r'not a readable'),
+        (
+            'a.jsonl',
+            r'{"user": "\ud83d\ude00", "item": 2, "time": 1}'
+            '\n\n'
+            r'{"user": "a \ud83d", "item": 2, "time": 1}',
+            r"a\.jsonl, line 3: user has 'a \\ud83d', which holds half a surrogate pair",
+        ),
         ('a.parquet', b'PAR1 and no more', r'a\.parquet: not a readable \.parquet file'),
         ('a.csv.gz', b'no gzip', r'a\.csv\.gz: the archive is damaged'),
     ],
@@ -229,8 +237,11 @@ def test_paths_and_delimiters_are_checked(tmp_path):
         load(make_config(tmp_path / 'none.csv'))
     with pytest.raises(InputError, match=r'found no files; needed are tables \(\.csv, \.tsv'):
         load(make_config(tmp_path))
-    with pytest.raises(InputError, match=r"config\.data\.delimiter is '::'; allowed are one"):
-        load_text(tmp_path, HEAD, delimiter='::')
+    for delimiter in ('::', 'é', '\0', '\n', '"'):
+        with pytest.raises(
+            InputError, match=r'config\.data\.delimiter is .*; allowed are one printable ASCII'
+        ):
+            load_text(tmp_path, HEAD, delimiter=delimiter)
     (tmp_path / 'log.tsv').write_text('')
     with pytest.raises(InputError, match=r'found log\.csv, log\.tsv; allowed are tables of one'):
         load(make_config(tmp_path))
@@ -296,6 +307,60 @@ def test_items_without_keywords_or_table(tmp_path, monkeypatch):
     assert 'config.data.items_path is not set' in said[-1]
 
 
+def test_a_table_of_items_needs_the_column_of_their_ids(tmp_path):
+    (tmp_path / 'log.csv').write_text(LOG)
+    (tmp_path / 'items.csv').write_text('item,title,keywords\n1,A,x\n')
+    config = make_config(tmp_path / 'log.csv', items_path=tmp_path / 'items.csv')
+    config.item_columns.item = ''
+    with pytest.raises(
+        InputError, match=r"item_columns\.item is ''; needed is the column of the id"
+    ):
+        load(config)
+
+
+def test_a_text_without_separator_is_one_keyword(tmp_path):
+    text = 'item,title,keywords\n1,A,Sci-Fi  & Fantasy\n2,B,\n'
+    source = load_items(tmp_path, text, keyword_separator='')
+    assert source.catalogue.keywords[1:] == (('Sci-Fi & Fantasy',), (), ())
+
+
+@pytest.mark.parametrize('kind', ['jsonl', 'parquet'])
+def test_lists_of_keywords_may_all_be_empty(tmp_path, kind):
+    table = pa.table({'item': [1, 2], 'title': ['A', 'B'], 'keywords': [[], []]})
+    path = tmp_path / f'items.{kind}'
+    if kind == 'jsonl':
+        path.write_text('\n'.join(map(json.dumps, table.to_pylist())))
+    else:
+        pq.write_table(table, path)
+    source = load_text(tmp_path, LOG, items_path=path)
+    assert source.catalogue.titles[1] == 'A'
+    assert source.catalogue.keywords[1:] == ((), (), ())
+
+
+def test_the_table_of_items_may_lie_among_the_parts(tmp_path):
+    """Of another kind than they, and named by another way to it."""
+    folder = tmp_path / 'events'
+    folder.mkdir()
+    (folder / 'part-0.csv').write_text(LOG)
+    table = pa.table({'item': [1], 'title': ['A'], 'keywords': ['x']})
+    pq.write_table(table, folder / 'items.parquet')
+    for path in (folder / 'items.parquet', folder / '..' / 'events' / 'items.parquet'):
+        source = load(make_config(folder, items_path=path))
+        assert source.catalogue.titles[1] == 'A'
+        assert set(source.record['sha256']) == {'part-0.csv', 'items.parquet'}
+
+
+def test_the_table_of_items_may_have_the_name_of_a_part(tmp_path):
+    for folder, text in (('events', LOG), ('items', 'item,title,keywords\n1,A,x\n')):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / 'part-0.csv').write_text(text)
+    items = tmp_path / 'items' / 'part-0.csv'
+    source = load(make_config(tmp_path / 'events', items_path=items))
+    hashes = source.record['sha256']
+    assert set(hashes) == {'part-0.csv', str(items)}
+    assert hashes[str(items)] == hashlib.sha256(items.read_bytes()).hexdigest()
+
+
 def test_lists_of_keywords(tmp_path):
     pq.write_table(
         pa.table(
@@ -345,6 +410,11 @@ def test_lists_of_keywords(tmp_path):
             'items.jsonl',
             '{"item": 1, "title": "A", "keywords": [1]}\n',
             r'line 1: keywords is of the type list<.*int64>; allowed are text and lists',
+        ),
+        (
+            'items.jsonl',
+            r'{"item": 1, "title": "A", "keywords": ["x", "\ude00"]}',
+            r'items\.jsonl, line 1: keywords has .*, which holds half a surrogate pair',
         ),
         ('items.csv', b'', r'items\.csv: the file is empty'),
     ],

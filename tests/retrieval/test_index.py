@@ -87,6 +87,38 @@ def test_n03_equal_scores_come_by_item_id(backend):
 
 
 @needs_scann
+def test_n03_a_user_with_equal_scores_costs_the_others_nothing():
+    """Only his row is fetched further; the answers are those of sorting for all."""
+    scann, _ = index_module._import_scann()
+    fetched = []
+
+    class Counted:
+        def __init__(self, builder):
+            self.builder = builder
+
+        def score_brute_force(self):
+            return Counted(self.builder.score_brute_force())
+
+        def build(self):
+            return Counted(self.builder.build())
+
+        def search_batched_parallel(self, queries, k):
+            fetched.append((len(queries), k))
+            return self.builder.search_batched_parallel(queries, k)
+
+    class Module:
+        def builder(self, *args):
+            return Counted(scann.builder(*args))
+
+    vectors, queries = random(0, 100, 8), random(1, 30, 8)
+    queries[7] = 0
+    rows, scores = index_module._brute_force(Module(), vectors)(queries, 10)
+    np.testing.assert_array_equal(rows + 1, by_sorting(vectors, queries, 10))
+    assert scores.dtype == np.float32
+    assert fetched == [(30, 11), (1, 22), (1, 44), (1, 88), (1, 100)]
+
+
+@needs_scann
 def test_n01_small_catalogue_with_a_thousand_leaves():
     vectors, queries = random(0, 12, 8), random(1, 3, 8)
     index = build_index(vectors, 'scann', leaves=1000)

@@ -97,7 +97,7 @@ def test_binary_ce_with_own_and_with_shared_negatives_by_hand():
 
     shared = np.array([[3, 9, 9, 20]])
     against = np.where(TARGETS[:, None] == shared, 0, -log_sigmoid(-LOGITS[:, shared[0] - 1]))
-    expected = mean(-0.3 * log_sigmoid(POSITIVE) + against.mean(1))
+    expected = mean(-0.3 * log_sigmoid(POSITIVE) + against.sum(1))
     assert binary_ce(STATES, TABLE, TARGETS, shared, 0.3) == pytest.approx(expected, rel=1e-5)
 
 
@@ -108,6 +108,29 @@ def test_gbce_beta_of_the_paper():
     assert gbce_beta(256, 3416, 0.0) == 1
     assert gbce_beta(256, 3416, 1.0) == pytest.approx(alpha)
     assert gbce_beta(50, 10, 0.75) == 1  # more negatives than items: nothing is sampled away
+
+
+def test_gbce_with_t_1_is_calibrated():
+    """At its optimum an item's sigmoid is the item's probability, up to 1 / I (gSASRec).
+
+    One state, whose targets have these shares, and negatives of which each item is one equally
+    often. With their mean in place of their sum, .3 would become .81.
+    """
+    items, n = 50, 10
+    shares = np.array([6, 4, 3, 2, 2, 1, 1, 1]) / 20
+    targets = np.repeat(np.repeat(np.arange(1, 9), (20 * shares).astype(int)), items // n)
+    negatives = np.tile(np.arange(1, items + 1).reshape(-1, n), (20, 1))
+    states, beta = jnp.ones((len(targets), 1)), gbce_beta(n, items, 1.0)
+    optimizer, start = optax.adam(0.05), jnp.full(items, -3.0)
+
+    def step(carry, _):
+        scores, moments = carry
+        gradient = jax.grad(lambda s: binary_ce(states, s[:, None], targets, negatives, beta))
+        updates, moments = optimizer.update(gradient(scores), moments)
+        return (optax.apply_updates(scores, updates), moments), None
+
+    (scores, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=1000)
+    np.testing.assert_allclose(jax.nn.sigmoid(scores[:8]), shares, rtol=1 / items)
 
 
 @pytest.mark.parametrize('kind', LOSSES)
