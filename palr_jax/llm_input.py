@@ -43,7 +43,7 @@ def make_lessons(project: Project) -> Lessons:
     ours, others = split_users(project.dataset.split, config.tasks.users, config.seed)
     chosen = np.random.default_rng([config.seed, 4]).permutation(others)
     held = np.sort(chosen[: config.finetune.held_out])
-    examples, held_out = (similar_examples(project, users) for users in (ours, held))
+    examples, held_out = (drawn_examples(project, users) for users in (ours, held))
     if training_retrieval(config) is not None:
         distributed.by_one(lambda: retrieve_for_training(project, examples + held_out))
         examples, held_out = (with_retrieved(project, some) for some in (examples, held_out))
@@ -51,8 +51,8 @@ def make_lessons(project: Project) -> Lessons:
     return Lessons(examples, [first[user] for user in sorted(first)])
 
 
-def similar_examples(project: Project, users: Sequence[int]) -> list[Example]:
-    """The paper's instruction examples of these users, in item ids."""
+def drawn_examples(project: Project, users: Sequence[int]) -> list[Example]:
+    """What `make_examples` draws of these users."""
     config, dataset = project.config, project.dataset
     return make_examples(
         dataset.split,
@@ -95,16 +95,22 @@ def with_retrieved(project: Project, examples: Sequence[Example]) -> list[Exampl
     Raises:
       InputError: it has not written theirs.
     """
-    path = _candidates_path(project)
+    config = project.config
+    path = None if project.workdir is None else _candidates_path(project)
+    if path is None or not path.exists():
+        raise InputError(
+            f'config.tasks.candidates_from is {config.tasks.candidates_from!r}: fine-tuning '
+            'retrieves these lists; allowed: --workdir of a run that has them.'
+        )
     stored = storage.read_arrays(path)
     keys = zip(stored['users'].tolist(), stored['cuts'].tolist())
     rows = {key: row for row, key in enumerate(keys)}
-    config = project.config
     try:
         found = [rows[example.user, len(example.past)] for example in examples]
     except KeyError as error:
+        raw_id = project.dataset.user_ids[error.args[0][0]]
         raise InputError(
-            f'{path}: the user {error.args[0][0]} is not in it; allowed: users who give examples.'
+            f'{path}: the user {raw_id} is not in it; allowed: users who are drawn for fine-tuning.'
         ) from error
     return relist(
         examples,
@@ -123,7 +129,7 @@ def _candidates_path(project: Project) -> epath.Path:
 
 def training_examples(project: Project, users: Sequence[int]) -> list[Example]:
     """The examples of these users as fine-tuning has them."""
-    examples = similar_examples(project, users)
+    examples = drawn_examples(project, users)
     if training_retrieval(project.config) is not None:
         return with_retrieved(project, examples)
     return examples

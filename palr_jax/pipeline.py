@@ -227,8 +227,8 @@ def finetune(project: Project) -> None:
     if config.finetune.less_untuned:
         examples = less_untuned(project, 'training', lessons.examples, examples)
         held_out = less_untuned(project, 'held_out', lessons.held_out, held_out)
-    users = len({example.user for example in lessons.examples})
-    logging.info('finetune: %d examples of %d users', len(examples), users)
+    tuned = np.unique([example.user for example in lessons.examples]).astype(np.int64)
+    logging.info('finetune: %d examples of %d users', len(examples), len(tuned))
 
     model, spec = project.checkpoint.config, lora_spec(config)
     program = Program(
@@ -268,6 +268,7 @@ def finetune(project: Project) -> None:
         users=np.array([example.user for example in lessons.held_out]),
         before=before,
         after=after,
+        tuned=tuned,
     )
 
 

@@ -42,6 +42,9 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
     everyone, ranked, scored = list(runs), {}, {}
     notes, held_out = [], None
     timing = {'seconds': ledger.seconds()}
+    loss_path = project.folder('finetune') / 'held_out_loss.npz'
+    losses = dict(storage.read_arrays(loss_path)) if loss_path.exists() else {}
+    tuned = losses.pop('tuned', None)
     fusion_path = project.folder('ranking') / 'fusion.json'
     if fusion_path.exists():
         fusion = storage.read_json(fusion_path)
@@ -49,7 +52,7 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
         ranked = ranked_runs(project, runs, scored)
         runs += [run for run in ranked.values() if run not in runs]  # of all users, some are there
         comparisons += compared(ranked)
-        of_groups = grouped_runs(project, ranked)
+        of_groups = grouped_runs(project, ranked, tuned)
         runs += of_groups
         llm = project.llm_scores(fusion['system'], 'test')
         notes = [*prompt_notes(config), *ranking_notes(project, fusion, llm)]
@@ -57,10 +60,9 @@ def write_report(project: Project, *, ledger: Ledger) -> None:
             'users_per_second': len(llm.users) / llm.seconds if llm.seconds else None,
             'tokens_per_second': llm.computed / llm.seconds if llm.seconds else None,
         }
-    loss_path = project.folder('finetune') / 'held_out_loss.npz'
-    if loss_path.exists():
+    if losses:
         what = 'answer' if config.finetune.objective == 'sft' else 'list'
-        held_out = HeldOutLoss(what, **storage.read_arrays(loss_path))
+        held_out = HeldOutLoss(what, **losses)
     report = evaluation.build(
         dataset=dataset.record,
         retrieval=storage.read_json(project.folder('retrieval') / 'retrieval.json'),
@@ -156,11 +158,16 @@ def compared(ranked: dict[str, Run]) -> list[Comparison]:
     ]
 
 
-def grouped_runs(project: Project, ranked: dict[str, Run]) -> list[Run]:
-    """The rows of groups of users: of the retriever, the LLM before and after, and both fused."""
+def grouped_runs(project: Project, ranked: dict[str, Run], tuned: np.ndarray | None) -> list[Run]:
+    """The rows of groups of users: of the retriever, the LLM before and after, and both fused.
+
+    `tuned` are the users who gave an example. None: as many as were drawn to give some; an older
+    version did not write who did.
+    """
     config, split = project.config, project.dataset.split
-    tuned = None
-    if 'llm' in ranked:
+    if 'llm' not in ranked:
+        tuned = None
+    elif tuned is None:
         tuned, _ = split_users(split, config.tasks.users, config.seed)
     users = ranked['retriever'].users
     groups = evaluation.user_groups(split, 'test', users, tuned)

@@ -6,9 +6,10 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from palr_jax import compile_check, config, pipeline
+from palr_jax import compile_check, config, llm_input, pipeline
 from palr_jax.data import tables
 from palr_jax.errors import InputError
+from palr_jax.project import Project
 from palr_jax.stages import flatten
 from palr_jax.testing import write_ml100k
 from palr_jax.testing.llama import random_params, tiny_config, tiny_tokenizer, write_hf_folder
@@ -115,4 +116,6 @@ def test_every_field_is_read_and_one_that_nothing_reads_is_found(
         pipeline.run(made, tmp_path / name)
     with pytest.raises(InputError, match='--topology=: not known'):
         compile_check.check(made, '', [], 8)  # the one reader of mesh.hardware
+    made.tasks.recommend_retrieval = 1.0  # of similar candidates, which neither run has
+    llm_input.drawn_examples(Project(made, tmp_path / 'untuned'), [0])
     assert set(flatten(made)) - fields == {'finetune.spare'}

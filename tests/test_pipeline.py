@@ -14,11 +14,12 @@ import pytest
 from absl import logging
 
 from palr_jax import pipeline, storage
-from palr_jax.config import default_config, restore
+from palr_jax.config import default_config, restore, validate
 from palr_jax.data import read
 from palr_jax.errors import InputError
 from palr_jax.llm_input import encode_examples, less_untuned, make_lessons, make_queries
 from palr_jax.project import Project
+from palr_jax.prompts import split_users
 from palr_jax.ranking import users
 from palr_jax.ranking.fuse import standardize
 from palr_jax.ranking.users import read_scores
@@ -215,6 +216,29 @@ def test_ranking_continues_with_the_users_not_yet_scored(finished, inputs, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('told', [True, False])
+def test_seen_users_are_those_who_gave_an_example(finished, inputs, tmp_path, told):
+    """Of who was drawn, as fine-tuning told; an older version did not."""
+    workdir = tmp_path / 'again'
+    shutil.copytree(finished[0], workdir)
+    config = small_config(inputs)
+    project = Project(config, workdir)
+    path = workdir / 'finetune' / 'held_out_loss.npz'
+    losses = dict(storage.read_arrays(path))
+    drawn, _ = split_users(project.dataset.split, config.tasks.users, config.seed)
+    assert losses.pop('tuned').tolist() == drawn.tolist()
+    seen = np.intersect1d(project.llm_scores('llm', 'test').users, drawn)
+    if told:
+        seen = seen[1:]
+        losses['tuned'] = seen
+    storage.write_arrays(path, **losses)
+    (workdir / 'report' / 'stage.json').unlink()
+    rows = pipeline.run(config, workdir)['runs']
+    groups = [row for row in rows if row.get('group') == 'fine-tuning: seen users']
+    assert {row['users'] for row in groups} == {len(seen)}
+
+
+@pytest.mark.slow
 def test_more_steps_continue_the_run_and_keep_what_does_not_read_the_adapter(
     finished, inputs, tmp_path
 ):
@@ -319,6 +343,9 @@ def test_lists_of_retrieved_candidates_are_learned(inputs, tmp_path):
     lists = storage.read_arrays(tmp_path / 'finetune' / 'candidates.npz')
     assert lists['items'].shape[1] == 6
     assert {p.name for p in (tmp_path / 'finetune' / 'retrieval').iterdir()} == {'fold_0', 'fold_1'}
+    gave = {example.user for example in make_lessons(project).examples}
+    losses = storage.read_arrays(tmp_path / 'finetune' / 'held_out_loss.npz')
+    assert losses['tuned'].tolist() == sorted(gave)
 
     config.ranking.skip_misses = False
     again = of_users(pipeline.run(config, tmp_path, overwrite=True))
@@ -357,11 +384,19 @@ def test_nobody_is_ranked_where_no_target_was_retrieved(inputs, tmp_path, mode):
 
 @pytest.mark.slow
 def test_lists_can_come_from_co_visitation_whatever_the_retriever_is(inputs, finished, tmp_path):
+    """With fewer candidates than there may be targets; none of them is in the user's history."""
     config = small_config(inputs)
     config.tasks.update({'candidates_from': 'covisitation', 'recommend_retrieval': 1.0})
+    config.tasks.update({'targets': 10, 'swap': 1.0})
+    validate(config)
     shutil.copytree(finished[0] / 'data', tmp_path / 'data')
-    lessons = make_lessons(Project(config, tmp_path))
+    project = Project(config, tmp_path)
+    lessons = make_lessons(project)
     assert {len(example.candidates) for example in lessons.examples} == {6}
+    for example in lessons.examples:
+        own = project.dataset.split.train(example.user)[: len(example.past)]
+        assert example.past == tuple(own)
+        assert not set(example.candidates) & set(own)
     fitted = {path.name for path in (tmp_path / 'finetune' / 'retrieval' / 'fold_0').iterdir()}
     assert 'covisitation.npz' in fitted
     assert 'sasrec.npz' not in fitted
@@ -388,7 +423,7 @@ def test_what_the_retriever_and_the_untuned_model_say_is_not_learned_again(
     examples = make_lessons(project).examples
     choices = encode_examples(project, examples)
     with monkeypatch.context() as patches:  # a run that goes on does not ask the model again
-        patches.setattr(users, 'score_queries', None)
+        patches.setattr(users, 'score_batches', None)
         kept = less_untuned(project, 'training', examples, choices)
     said = read_scores(tmp_path / 'finetune' / 'untuned_training.npz').sums
     for choice, offset, sums in zip(choices, kept, said, strict=True):

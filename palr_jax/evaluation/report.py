@@ -249,6 +249,7 @@ def _compare(
         'a': names[a],
         'b': names[b],
         'metric': pair.metric,
+        'users': len(a_values),
         'difference': difference,
         'ci95': interval,
         'p_value': p_value,

@@ -120,7 +120,7 @@ def _comparisons(report: Mapping[str, Any]) -> str:
             [
                 render.pair(row),
                 row['metric'],
-                render.number(render.compared_users(report, row), ','),
+                render.number(row.get('users'), ','),
                 interval(
                     row['difference'],
                     row['ci95'],

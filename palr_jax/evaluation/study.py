@@ -155,6 +155,24 @@ def build(
     }
 
 
+def finished(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The variants that have numbers, the base first."""
+    return [v for v in report['variants'] if v['status'] == 'finished']
+
+
+def main_role(variants: Sequence[Mapping[str, Any]]) -> str:
+    """What is drawn against the costs: the fused system, else the LLM, else the retriever."""
+    roles = ('fused', 'llm', 'retriever')
+    return next(role for role in roles if any(role in v['systems'] for v in variants))
+
+
+def total_seconds(costs: Mapping[str, float | None]) -> float | None:
+    """Of fine-tuning and ranking together; None where nothing was ranked."""
+    if costs['ranking_seconds'] is None:
+        return None
+    return costs['ranking_seconds'] + (costs['finetune_seconds'] or 0)
+
+
 def check_users(outcomes: Sequence[Outcome]) -> None:
     """Raises InputError unless all variants have ranked the same users."""
     for outcome in outcomes[1:]:

@@ -1,6 +1,7 @@
 """A study as pictures: the variants' metrics with intervals, and quality against cost."""
 
 import io
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from palr_jax.evaluation.chart import COLOURS, FAINT, INK, PANELS
+from palr_jax.evaluation.study import finished, main_role, total_seconds
 
 SHOWN = {'retriever': 'Retriever', 'llm': 'LLM', 'fused': 'Fused'}
 MARKERS = {'retriever': 's', 'llm': 'D', 'fused': 'o'}
@@ -20,7 +22,7 @@ def metrics(report: Mapping[str, Any]) -> bytes:
 
     A dashed line is the base's.
     """
-    variants = _finished(report)
+    variants = finished(report)
     figure, panels = _figure(9.6, 1.6 + 0.55 * len(variants), len(PANELS), share=True)
     shown = [role for role in SHOWN if any(role in v['systems'] for v in variants)]
     for panel, metric in zip(panels, PANELS):
@@ -62,18 +64,12 @@ def cost(report: Mapping[str, Any]) -> bytes:
 
     Variants are numbered; the base is number 1 and dark.
     """
-    variants = _finished(report)
+    variants = finished(report)
     names = [variant['name'] for variant in report['variants']]
-    role = next(
-        r for r in reversed(SHOWN) if any(r in v['systems'] for v in variants)
-    )  # fused, LLM, retriever
+    role = main_role(variants)
     costs = {
-        'Prompt tokens a user': lambda c: c['prompt_tokens'],
-        'Seconds of fine-tuning and ranking': lambda c: (
-            None
-            if c['ranking_seconds'] is None
-            else c['ranking_seconds'] + (c['finetune_seconds'] or 0)
-        ),
+        'Prompt tokens a user': operator.itemgetter('prompt_tokens'),
+        'Seconds of fine-tuning and ranking': total_seconds,
     }
     figure, panels = _figure(9.6, 4.2, len(costs), share=True)
     for panel, (title, of) in zip(panels, costs.items()):
@@ -89,7 +85,7 @@ def cost(report: Mapping[str, Any]) -> bytes:
                 x,
                 mean,
                 marker='o',
-                markersize=13,
+                markersize=6,
                 linestyle='none',
                 color=INK if name == names[0] else COLOURS[role],
                 label=f'{names.index(name) + 1}  {name.replace("_", " ")}',
@@ -97,10 +93,10 @@ def cost(report: Mapping[str, Any]) -> bytes:
             panel.annotate(
                 str(names.index(name) + 1),
                 (x, mean),
-                ha='center',
-                va='center_baseline',
-                fontsize=8,
-                color='white',
+                xytext=(5, 4),
+                textcoords='offset points',
+                fontsize=9,
+                color=INK,
             )
         panel.set_xlabel(title)
         panel.set_xlim(0, 1.1 * max([x for x, _, _ in points], default=0) or 1)
@@ -114,13 +110,8 @@ def cost(report: Mapping[str, Any]) -> bytes:
         handlelength=0,
         markerscale=0,
     )
-    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel(f'NDCG@10, {SHOWN[role]} (95 % interval)')
     return _png(figure, report)
-
-
-def _finished(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [v for v in report['variants'] if v['status'] == 'finished']
 
 
 def _figure(width: float, height: float, panels: int, *, share: bool) -> tuple[Figure, Sequence]:

@@ -1,5 +1,6 @@
 """The report of a study as one HTML file: `report.html`."""
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,8 @@ from palr_jax.evaluation.intervals import (
     with_scale,
 )
 from palr_jax.evaluation.page import Html, Section
-from palr_jax.evaluation.study import COSTS, METRICS, ROLES
-from palr_jax.evaluation.study_text import finished, plain
+from palr_jax.evaluation.study import COSTS, METRICS, ROLES, finished, main_role, total_seconds
+from palr_jax.evaluation.study_text import plain
 
 MAIN = 'NDCG@10'  # what is tested in the text, and drawn against the costs
 
@@ -108,10 +109,14 @@ def _verdict(is_base: bool, in_base: bool, found: Mapping[str, Any]) -> str:
 def _cost(report: Mapping[str, Any]) -> Html:
     """The best system that there is against two costs, and a table of them."""
     variants = finished(report)
-    role = next(r for r in ('fused', *ROLES) if any(r in v['systems'] for v in variants))
+    role = main_role(variants)
     y_label = f'{MAIN}, {ROLES[role]} (95 % interval)'
+    drawn = {
+        'Prompt tokens a user': operator.itemgetter('prompt_tokens'),
+        'Fine-tuning and ranking (s)': total_seconds,
+    }
     charts = ''
-    for label, of in (('Prompt tokens a user', _tokens), ('Fine-tuning and ranking (s)', _seconds)):
+    for label, of in drawn.items():
         points = [
             svg.Point(number, cost, row[MAIN], row['ci95'][MAIN])
             for number, variant in enumerate(report['variants'], start=1)
@@ -135,16 +140,6 @@ def _cost(report: Mapping[str, Any]) -> Html:
     head = ['Number', 'Variant', *COSTS.values(), f'{MAIN}, {ROLES[role]}']
     costs = page.table(head, body, left=2, label='Costs of the variants')
     return Html(f'<div class="charts">{charts}</div>\n{costs}' if charts else costs)
-
-
-def _tokens(costs: Mapping[str, float | None]) -> float | None:
-    return costs['prompt_tokens']
-
-
-def _seconds(costs: Mapping[str, float | None]) -> float | None:
-    if costs['ranking_seconds'] is None:
-        return None
-    return costs['ranking_seconds'] + (costs['finetune_seconds'] or 0)
 
 
 # --- configs ----------------------------------------------------------------------------------
@@ -193,12 +188,10 @@ def _curves(report: Mapping[str, Any]) -> Html:
 
 
 def _base(report: Mapping[str, Any]) -> Html:
-    def told(values: Mapping[str, Any]) -> list[list[str]]:
-        return [[name, study_text.value_text(value)] for name, value in values.items()]
-
     text = ''
     for name in ('dataset', 'versions', 'base'):
         title = {'dataset': 'The data', 'versions': 'Versions', 'base': 'The config of the base'}
-        body = page.table(['Name', 'Value'], told(report[name]), left=2, label=title[name], wide=1)
+        values = render.properties(report[name])
+        body = page.table(['Name', 'Value'], values, left=2, label=title[name], wide=1)
         text += page.details('', title[name], body) + '\n'
     return Html(text)

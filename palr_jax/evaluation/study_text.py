@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from palr_jax.evaluation import render
-from palr_jax.evaluation.study import COSTS, METRICS, ROLES
+from palr_jax.evaluation.study import COSTS, METRICS, ROLES, finished
 
 CURVES = '`tensorboard --logdir` of the study shows all of them under the name of their folder.'
 
@@ -56,10 +56,6 @@ def title(report: Mapping[str, Any]) -> str:
 def plain(name: str) -> str:
     """A name as people write it."""
     return name.replace('_', ' ')
-
-
-def finished(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [v for v in report['variants'] if v['status'] == 'finished']
 
 
 def users(report: Mapping[str, Any]) -> int:

@@ -48,8 +48,13 @@ class Finished:
           default: see there.
 
         Raises:
-          InputError: more are asked for than the run has ranked.
+          InputError: the run scores nothing, or more are asked for than it has ranked.
         """
+        if self.project.config.ranking.mode == 'generate':
+            raise InputError(
+                "config.ranking.mode of the run is 'generate': it writes titles and scores none; "
+                "allowed for this probe: a run with 'title' or 'index'."
+            )
         users, items = self.ranked
         check_number('--users', number, len(users), 'test users that the run has ranked')
         chosen = sample_users(users, number or default, self.project.config.seed)

@@ -57,7 +57,8 @@ def probe(run: Finished, number: int | None) -> dict[str, Any]:
       number: of users; None is USERS, or all where there are fewer.
 
     Raises:
-      InputError: fewer than 2 users are asked for or there, or more than the run has ranked.
+      InputError: the run scores nothing; or fewer than 2 users are asked for or there, or more than
+        it has ranked.
     """
     users, items = run.sample(number, USERS)
     if len(users) < 2:

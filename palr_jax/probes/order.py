@@ -1,8 +1,8 @@
 """Candidate-position bias: how much of a ranking is the order in which the prompt lists the items.
 
 The same users are scored under K seeded orders of the same candidates, the first of them the run's
-own. An LLM that reads a list should not care for its order; known ones do (Hou et al. 2024, 'Large
-Language Models are Zero-Shot Rankers for Recommender Systems').
+own where it shuffles. An LLM that reads a list should not care for its order; known ones do (Hou et
+al. 2024, 'Large Language Models are Zero-Shot Rankers for Recommender Systems').
 
 With random orders, a winner that does not depend on the order stands in each listed slot equally
 often: that is what the chi-square test asks. Where it does not, some slots are favoured.
@@ -51,20 +51,25 @@ def probe(run: Finished, number: int | None, shuffles: int) -> dict[str, Any]:
       shuffles: K, 2 or more.
 
     Raises:
-      InputError: the prompts list no candidates or only one, or there are fewer users.
+      InputError: the run scores nothing, its prompts list no candidates or only one, or there are
+        fewer users.
     """
     config = run.project.config
+    users, items = run.sample(number, USERS)
     if not config.prompts.candidates:
         raise InputError(
             'config.prompts.candidates of the run is False: its prompts list no candidates; '
             'allowed for --what=order: a run whose prompts do.'
         )
-    users, items = run.sample(number, USERS)
     if (items >= 0).sum(axis=1).min() < 2:
         raise InputError('A user of the run has fewer than 2 candidates; allowed: 2 or more.')
     orders = score_orders(run, users, items, shuffles)
     settings = {'resamples': config.evaluation.resamples, 'seed': config.seed}
-    return run.record | {'normalize': config.ranking.normalize} | measure(orders, **settings)
+    asked = {
+        'normalize': config.ranking.normalize,
+        'candidate_order': config.prompts.candidate_order,
+    }
+    return run.record | asked | measure(orders, **settings)
 
 
 def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: int) -> Orders:
@@ -81,11 +86,11 @@ def score_orders(run: Finished, users: np.ndarray, items: np.ndarray, shuffles: 
     slots = np.full((len(users), shuffles, items.shape[1]), -1)
     for u, (user, history, profile) in enumerate(zip(users, histories, profiles)):
         filled = items[u][items[u] >= 0]
-        answers = tuple(encoder.reply(int(item)) for item in filled)
         name = f'User {project.dataset.user_ids[user]}'
         for k in range(shuffles):
             seed = order_seed(config, user, k)
             prompt, listed = ranking_prompt(encoder, prompts, history, profile, filled, seed)
+            answers = tuple(encoder.replies(filled.tolist(), listed))
             queries.append(Query(prompt.tokens, answers, name))
             prior, _ = ranking_prompt(encoder, prompts, history[:0], nobody, filled, seed)
             priors.append(Query(prior.tokens, answers, name))

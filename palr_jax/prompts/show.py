@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from palr_jax import data, storage
 from palr_jax.errors import InputError
 from palr_jax.finetune.input import example_prompt
-from palr_jax.llm_input import example_profiles, training_examples
+from palr_jax.llm_input import drawn_examples, example_profiles, training_examples
 from palr_jax.project import Project, load_data, order_seed, read_candidates
 from palr_jax.prompts.encode import Prompt
 from palr_jax.prompts.tasks import split_users
@@ -19,6 +19,12 @@ from palr_jax.stages import config_part, has_stage
 
 PARTS = ('test', 'valid', 'train')
 NOT_LISTED = 'this task lists none'
+# Of an example's candidates, by `tasks.candidates_from`.
+ORIGINS = {
+    'similar': 'the targets and negatives like them',
+    'retriever': 'retrieved without the user',
+    'covisitation': 'retrieved without the user, by co-visitation',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +87,7 @@ def show_example(project: Project, user: int, task: str | None, number: int) -> 
     """A fine-tuning example of a user, the `number`-th (from 1) of those with this task.
 
     Raises:
-      InputError: there is no such example.
+      InputError: there is no such example, or its candidates are not retrieved yet.
     """
     config, split = project.config, project.dataset.split
     name = project.dataset.user_ids[user]
@@ -102,14 +108,14 @@ def show_example(project: Project, user: int, task: str | None, number: int) -> 
     gives = 'is' if user in ours else 'is not'
     return Shown(
         f'user {name}, train, {example.task}, example {number} of {len(chosen)}; the user {gives} '
-        f'among the {len(ours):,} who give examples',
+        f'among the {len(ours):,} drawn to give examples',
         prompt,
         answer,
         example.past,
         config.prompts.history,
         profile,
         example.candidates,
-        'the targets and negatives like them' if example.candidates else NOT_LISTED,
+        ORIGINS[config.tasks.candidates_from] if example.candidates else NOT_LISTED,
         example.targets,
     )
 
@@ -221,10 +227,12 @@ def _candidates(
     if project.dataset.split.train_end[user] < 2:
         return np.zeros(0, np.int32), 'nothing is retrieved yet'
     config = project.config.copy_and_resolve_references()
-    config.tasks.recommend_retrieval = 1.0
+    tasks = config.tasks
+    tasks.update({'recommend_retrieval': 1.0, 'candidates_from': 'similar'})
+    tasks.candidates = max(tasks.candidates, tasks.targets + 1)  # lists of targets are refused
     other = Project(config, None)
     other.dataset = project.dataset
-    listed = training_examples(other, [user])[0].candidates
+    listed = drawn_examples(other, [user])[0].candidates
     items = np.array([item for item in listed if item not in history], np.int32)
     return items, 'of a training example, as nothing is retrieved yet'
 

@@ -103,7 +103,8 @@ def make_examples(
 ) -> list[Example]:
     """Makes `config.examples_per_user` examples of each user, fewer where there are fewer cuts.
 
-    A user's examples do not depend on who else is in `users`.
+    A user's examples do not depend on who else is in `users`. Where candidates are retrieved they
+    have neither these nor targets, which `relist` gives them.
 
     Args:
       split: the histories.
@@ -117,7 +118,8 @@ def make_examples(
     Raises:
       InputError: the candidate lists have no room for a negative.
     """
-    if config.recommend_retrieval > 0 and config.candidates <= config.targets:
+    similar = config.candidates_from == 'similar'
+    if similar and config.recommend_retrieval > 0 and config.candidates <= config.targets:
         raise InputError(
             f'tasks.candidates is {config.candidates}; allowed: more than tasks.targets, which is '
             f'{config.targets}: a list of targets alone teaches nothing.'
@@ -149,7 +151,7 @@ def relist(
     retrieved; an example without any is left out.
 
     Args:
-      examples: of the task recommend_retrieval.
+      examples: from `make_examples`, without candidates.
       retrieved: [examples, k] item ids, best first, -1 in unfilled slots; nothing of the past.
       scores: [examples, k] their scores.
       split: the histories.
@@ -184,6 +186,9 @@ def _example(user, train, cut, catalogue, pairs, config, history, rng) -> Exampl
     past = train[:cut].tolist()
     targets = train[cut : cut + config.targets].tolist()
     shown_from = max(0, cut - history)
+    if config.candidates_from != 'similar':
+        # No swap: what it moved out of the history could be retrieved, and be listed as a negative.
+        return Example(user, 'recommend_retrieval', tuple(past), tuple(past[shown_from:]), (), ())
     if shown_from < cut and rng.random() < config.swap:
         i, j = rng.integers(shown_from, cut), rng.integers(len(targets))
         past[i], targets[j] = targets[j], past[i]

@@ -5,26 +5,22 @@ Without a list it writes what it likes, and its text is matched to the catalogue
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from palr_jax import storage
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.progress import Progress
 from palr_jax.prompts.encode import Encoder
 from palr_jax.ranking.answers import LINES, index_replies, rank_answers, read_answer, score_places
 from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.generate import generate_batches, make_generator
 from palr_jax.ranking.score import Query
-from palr_jax.ranking.users import SAVE_SECONDS, Scores, read_scores
+from palr_jax.ranking.users import Scores, read_result, read_stored, run_batches
 
-Result = TypeVar('Result')
 BEHIND = -1  # stands for a token behind an answer's end
 
 
@@ -109,7 +105,8 @@ def generate_users(
       lora: the adapters in `params`, if any.
       dtype: of the activations.
       path: where the scores are kept, written as they come.
-      identity: of everything that the scores depend on; a file with another one is replaced.
+      identity: of everything that the scores depend on; a file with another one, or of other
+        users or candidates, is replaced.
       mesh: of the run.
       number: of titles that are written.
 
@@ -122,9 +119,8 @@ def generate_users(
     """
     identity = f'generate {number} {identity}'
     filled = items >= 0
-    if _holds(path, identity):
-        scores = read_scores(path)
-    else:
+    scores = read_stored(Scores, path, identity, users, items)
+    if scores is None:
         unknown = np.where(filled, np.nan, -np.inf).astype(np.float32)
         ones = np.ones(items.shape, np.int32)
         scores = Scores(users, items, unknown, ones, ones, seconds=0.0, computed=0)
@@ -148,17 +144,10 @@ def generate_users(
             own[0, filled[row]] = of_user[: filled[row].sum()]
             sums[row] = score_places(own, filled[[row]])[0]
 
-    def save(seconds, computed):
-        done = dataclasses.replace(
-            scores,
-            sums=sums.copy(),
-            seconds=scores.seconds + seconds,
-            computed=scores.computed + computed,
-        )
-        storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(done))
-        return done
+    def result(seconds, computed):
+        return dataclasses.replace(scores, sums=sums, seconds=seconds, computed=computed)
 
-    return _run(name, len(users), todo, batches, take, save)
+    return run_batches(name, scores, todo, batches, take, result, path, identity)
 
 
 def answer_users(
@@ -192,7 +181,8 @@ def answer_users(
       lora: the adapters in `params`, if any.
       dtype: of the activations.
       path: where the answers are kept, written as they come.
-      identity: of everything that the answers depend on; a file with another one is replaced.
+      identity: of everything that the answers depend on; a file with another one, or of other
+        users, is replaced.
       mesh: of the run.
       most: tokens of an answer; a line that they cut short names nothing.
 
@@ -203,28 +193,29 @@ def answer_users(
     eos_id = int(encoder.eos[0])
     index = index_replies(encoder)
 
-    def read(tokens, seconds, computed):
-        """What `tokens` [U', A] say so far."""
-        texts = [
-            encoder.tokenizer.decode(row[(row != BEHIND) & (row != eos_id)].tolist())
-            for row in tokens
-        ]
-        found = [read_answer(text, index, of) for text, of in zip(texts, histories)]
+    stored = read_stored(Answers, path, identity, users)
+    tokens = np.full((len(users), most), BEHIND, np.int32) if stored is None else stored.tokens
+    todo = np.flatnonzero((tokens == BEHIND).all(axis=1))
+
+    def read(row):
+        own = tokens[row, (tokens[row] != BEHIND) & (tokens[row] != eos_id)]
+        return read_answer(encoder.tokenizer.decode(own.tolist()), index, histories[row])
+
+    found = [read(row) for row in range(len(users))]
+
+    def take(rows, answers):
+        for row, answer in zip(rows, answers):
+            tokens[row, : len(answer)] = answer
+            found[row] = read(row)
+
+    def result(seconds, computed):
+        items, scores = rank_answers(found)
         counts = {
             name: np.array([getattr(answer, name) for answer in found], np.int32)
             for name in ('lines', 'invalid', 'repeated', 'seen')
         }
-        items, scores = rank_answers(found)
-        return Answers(
-            users, tokens.copy(), items, scores, **counts, seconds=seconds, computed=computed
-        )
+        return Answers(users, tokens, items, scores, **counts, seconds=seconds, computed=computed)
 
-    if _holds(path, identity):
-        stored = read_answers(path)
-    else:
-        stored = read(np.full((len(users), most), BEHIND, np.int32), 0.0, 0)
-    todo = np.flatnonzero((stored.tokens == BEHIND).all(axis=1))
-    tokens = stored.tokens.copy()
     batches = generate_batches(
         make_generator(model, lora, dtype, mesh, eos_id=eos_id, most=most),
         params,
@@ -237,57 +228,10 @@ def answer_users(
         names=[queries[i].label(i) for i in todo],
     )
 
-    def take(rows, answers):
-        for row, answer in zip(rows, answers):
-            tokens[row, : len(answer)] = answer
-
-    def save(seconds, computed):
-        done = read(tokens, stored.seconds + seconds, stored.computed + computed)
-        storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(done))
-        return done
-
-    return _run(name, len(users), todo, batches, take, save)
+    stored = stored or result(0.0, 0)
+    return run_batches(name, stored, todo, batches, take, result, path, identity)
 
 
 def read_answers(path: epath.PathLike) -> Answers:
     """Reads the answers that `answer_users` kept."""
-    arrays = dict(storage.read_arrays(path))
-    arrays.pop('identity')
-    seconds, computed = float(arrays.pop('seconds')), int(arrays.pop('computed'))
-    return Answers(**arrays, seconds=seconds, computed=computed)
-
-
-def _holds(path: epath.Path, identity: str) -> bool:
-    return path.exists() and str(storage.read_arrays(path)['identity']) == identity
-
-
-def _run(
-    name: str,
-    total: int,
-    todo: np.ndarray,
-    batches: Iterable[tuple[np.ndarray, Any, int]],
-    take: Callable[[np.ndarray, Any], None],
-    save: Callable[[float, int], Result],
-) -> Result:
-    """Takes the batches as they come and saves now and then; what was saved last.
-
-    Args:
-      name: shown with the progress.
-      total: U', users that were done before among them.
-      todo: the rows that the batches count from 0.
-      batches: (indices of users, what they got, tokens computed).
-      take: called with (rows, what they got).
-      save: called with (seconds, tokens computed) since the beginning.
-    """
-    began = saved = time.monotonic()
-    computed, result = 0, None if len(todo) else save(0.0, 0)
-    with Progress(name, total, 'users', done=total - len(todo)) as progress:
-        for indices, got, tokens in batches:
-            take(todo[indices], got)
-            computed += tokens
-            progress.update(len(indices))
-            now = time.monotonic()
-            if now - saved > SAVE_SECONDS or progress.done == total:
-                saved = now
-                result = save(now - began, computed)
-    return result
+    return read_result(Answers, path)

@@ -17,6 +17,7 @@ C candidates, V vocabulary.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -184,20 +185,34 @@ def score_queries(
     max_shapes: int,
     max_positions: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Plans batches of the queries and scores them; see `plan_batches` and `score_batches`."""
+    plan = plan_batches(queries, batch_size, row_length, max_shapes, max_positions)
+    return score_batches(scorer, params, queries, plan)
+
+
+def score_batches(
+    scorer: Callable[[Any, Batch], jax.Array],
+    params: Any,
+    queries: Sequence[Query],
+    plan: Sequence[tuple[np.ndarray, Shape]],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Scores every query; yields (indices of the batch's queries [n], their sums [n, C]).
 
     C is the largest number of candidates of any query; slots beyond a query's own are -inf. The
     order of the candidates changes no bit; batch size, batch-mates and shapes only the last ones.
 
     Raises:
-      InputError: a query has no prompt, no candidate, an empty one, or more tokens than
-        `max_positions`; or a score is not finite.
+      InputError: a score is not finite.
     """
-    for indices, shape in plan_batches(queries, batch_size, row_length, max_shapes, max_positions):
-        batch = make_batch([queries[i] for i in indices], shape)
-        sums = np.asarray(scorer(params, batch))[: len(indices)]
+    started = (
+        (indices, scorer(params, make_batch([queries[i] for i in indices], shape)))
+        for indices, shape in plan
+    )
+    # While a batch is computed the next one is laid out and started.
+    for (indices, scores), _ in itertools.pairwise(itertools.chain(started, [None])):
+        sums = np.asarray(scores)[: len(indices)]
         counts = np.array([len(queries[i].candidates) for i in indices])
-        filled = np.arange(shape.candidates) < counts[:, None]
+        filled = np.arange(sums.shape[1]) < counts[:, None]
         wrong = filled & ~np.isfinite(sums)
         if wrong.any():
             row, c = np.argwhere(wrong)[0]
@@ -220,6 +235,9 @@ def plan_batches(
 
     Returns:
       (indices of the batch's queries, at most `batch_size`; its shape) of every batch.
+
+    Raises:
+      InputError: see `plan_groups`.
     """
     return [
         (members[start : start + batch_size], shape)

@@ -6,8 +6,8 @@ title's numbers of tokens and bytes; how they are normalised is decided when the
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from absl import logging
@@ -16,10 +16,11 @@ from etils import epath
 from palr_jax import storage
 from palr_jax.progress import Progress
 from palr_jax.prompts.encode import Encoder, Prompt
-from palr_jax.ranking.score import Batch, Query, padding_share, plan_batches, score_queries
+from palr_jax.ranking.score import Batch, Query, padding_share, plan_batches, score_batches
 
 SAVE_SECONDS = 20.0  # work that an interrupted run may lose
 TASK = 'recommend_retrieval'
+Result = TypeVar('Result')  # Scores, or the Answers of `generate_users`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,24 +166,16 @@ def score_users(
         users or candidates, is replaced.
       unit: what the progress counts.
     """
-    scores = Scores.of_queries(items, queries, encoder, users=users)
-    stored = _stored(path, identity)
-    if stored and np.array_equal(stored.users, users) and np.array_equal(stored.items, items):
-        scores = stored
-    elif not len(users):  # what reads the scores finds that there are none
-        storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(scores))
+    stored = read_stored(Scores, path, identity, users, items)
+    scores = stored or Scores.of_queries(items, queries, encoder, users=users)
     # Who has no candidate is refused below, and not left out.
     todo = np.flatnonzero(np.isnan(scores.sums).any(axis=1) | ~(items >= 0).any(axis=1))
-    if not len(todo):
-        return scores
-    arguments = {
-        'batch_size': config.batch_size,
-        'row_length': config.row_length,
-        'max_shapes': config.max_shapes,
-        'max_positions': max_positions,
-    }
+    if stored and not len(todo):
+        return stored
     pending = [queries[i] for i in todo]
-    plan = plan_batches(pending, **arguments)
+    plan = plan_batches(
+        pending, config.batch_size, config.row_length, config.max_shapes, max_positions
+    )
     logging.info(
         '%s: %d %s in %d shapes, %.0f %% of the computed tokens are padding',
         name,
@@ -192,36 +185,26 @@ def score_users(
         100 * padding_share(pending, plan),
     )
     sums = scores.sums.copy()
-    seconds, computed = scores.seconds, scores.computed
-    began = saved = time.monotonic()
-    with Progress(name, len(users), unit, done=len(users) - len(todo)) as progress:
-        for (indices, values), (_, shape) in zip(
-            score_queries(scorer, params, pending, **arguments), plan
-        ):
-            filled = scores.items[todo[indices]] >= 0
-            block = np.full(filled.shape, -np.inf, np.float32)
-            block[filled] = values[np.isfinite(values)]
-            sums[todo[indices]] = block
-            computed += shape.users * shape.tokens
-            progress.update(len(indices))
-            now = time.monotonic()
-            if now - saved > SAVE_SECONDS or progress.done == len(users):
-                saved = now
-                scores = dataclasses.replace(
-                    scores, sums=sums, seconds=seconds + now - began, computed=computed
-                )
-                storage.write_arrays(
-                    path, identity=np.array(identity), **dataclasses.asdict(scores)
-                )
-    return scores
+    batches = (
+        (indices, values, shape.users * shape.tokens)
+        for (indices, values), (_, shape) in zip(score_batches(scorer, params, pending, plan), plan)
+    )
+
+    def take(rows: np.ndarray, values: np.ndarray) -> None:
+        filled = items[rows] >= 0
+        block = np.full(filled.shape, -np.inf, np.float32)
+        block[filled] = values[np.isfinite(values)]
+        sums[rows] = block
+
+    def result(seconds: float, computed: int) -> Scores:
+        return dataclasses.replace(scores, sums=sums, seconds=seconds, computed=computed)
+
+    return run_batches(name, scores, todo, batches, take, result, path, identity, unit)
 
 
 def read_scores(path: epath.PathLike) -> Scores:
     """Reads the scores that `score_users` kept."""
-    arrays = dict(storage.read_arrays(path))
-    arrays.pop('identity')
-    seconds, computed = float(arrays.pop('seconds')), int(arrays.pop('computed'))
-    return Scores(**arrays, seconds=seconds, computed=computed)
+    return read_result(Scores, path)
 
 
 def mean_scores(several: Sequence[Scores]) -> Scores:
@@ -236,7 +219,69 @@ def mean_scores(several: Sequence[Scores]) -> Scores:
     )
 
 
-def _stored(path: epath.Path, identity: str) -> Scores | None:
+def read_result(kind: type[Result], path: epath.PathLike) -> Result:
+    """Reads what `run_batches` kept."""
+    arrays = dict(storage.read_arrays(path))
+    arrays.pop('identity')
+    seconds, computed = float(arrays.pop('seconds')), int(arrays.pop('computed'))
+    return kind(**arrays, seconds=seconds, computed=computed)
+
+
+def read_stored(
+    kind: type[Result],
+    path: epath.Path,
+    identity: str,
+    users: np.ndarray,
+    items: np.ndarray | None = None,
+) -> Result | None:
+    """What `path` holds, if that is of this work, these users [U'] and these candidates [U', C]."""
     if not path.exists() or str(storage.read_arrays(path)['identity']) != identity:
         return None
-    return read_scores(path)
+    stored = read_result(kind, path)
+    same = np.array_equal(stored.users, users)
+    return stored if same and (items is None or np.array_equal(stored.items, items)) else None
+
+
+def run_batches(
+    name: str,
+    stored: Result,
+    todo: np.ndarray,
+    batches: Iterable[tuple[np.ndarray, Any, int]],
+    take: Callable[[np.ndarray, Any], None],
+    result: Callable[[float, int], Result],
+    path: epath.Path,
+    identity: str,
+    unit: str = 'users',
+) -> Result:
+    """Takes the batches as they come; saves the result now and then and at the end, and returns it.
+
+    Args:
+      name: shown with the progress.
+      stored: what was known before, of U' users.
+      todo: the rows that the batches count from 0.
+      batches: (indices of users, what they got, tokens computed).
+      take: called with (rows, what they got).
+      result: makes it of what was taken, with (seconds, tokens computed) in all.
+      path: where it is kept.
+      identity: of everything that it depends on.
+      unit: what the progress counts.
+    """
+    seconds, computed, total = stored.seconds, stored.computed, len(stored.users)
+
+    def save() -> Result:
+        found = result(seconds, computed)
+        storage.write_arrays(path, identity=np.array(identity), **dataclasses.asdict(found))
+        return found
+
+    last = saved = time.monotonic()
+    with Progress(name, total, unit, done=total - len(todo)) as progress:
+        for indices, got, tokens in batches:
+            take(todo[indices], got)
+            computed += tokens
+            progress.update(len(indices))
+            now = time.monotonic()
+            seconds, last = seconds + now - last, now
+            if now - saved > SAVE_SECONDS and progress.done < total:
+                saved = now
+                save()
+    return save()

@@ -127,7 +127,8 @@ def test_metrics_json_has_the_keys_of_the_contract(report):
     ]
     for row in report['comparisons']:
         assert set(row) == {
-            *('a', 'b', 'metric', 'difference', 'ci95', 'p_value', 'p_adjusted', 'detectable')
+            *('a', 'b', 'metric', 'users', 'difference', 'ci95', 'p_value', 'p_adjusted'),
+            'detectable',
         }
         assert row['p_value'] <= row['p_adjusted'] <= 1
 
@@ -476,6 +477,19 @@ def test_a_report_of_an_earlier_version_still_renders(report):
         for name in LISTS:
             del row[name]
     for row in old['comparisons']:
-        del row['detectable']
-    assert '| Fused − Retriever | NDCG@10 | 24 |' in markdown(old)
-    assert table(old) == table(report)
+        del row['detectable'], row['users']
+    assert '| Fused − Retriever | NDCG@10 | – |' in markdown(old)
+    assert len(table(old)) == len(table(report))
+
+
+def test_comparisons_have_the_number_of_their_users_whatever_the_difference():
+    """Rows of all 60 users and of 24 of them, all with the difference 0."""
+    runs = make_runs()
+    user_set = runs[3].user_set
+    everyone, some = runs[1], runs[3]
+    same = [replace(everyone, system='popularity'), replace(some, system='popularity')]
+    comparisons = [Comparison(some, same[1], 'HR@10'), Comparison(everyone, same[0], 'HR@10')]
+    report = make_report([everyone, some, *same], comparisons=comparisons)
+    assert user_set['n'] == 24
+    assert [row['users'] for row in report['comparisons']] == [24, 60]
+    assert '| Retriever − Popularity | HR@10 | 24 |' in markdown(report)

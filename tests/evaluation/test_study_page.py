@@ -45,7 +45,7 @@ def made_up():
         failed={'broken': ODD},
         order=list(changes),
         changes=changes,
-        dataset={'name': 'ml<100k'},
+        dataset={'name': 'ml<100k', 'sha256': {'u.data': 'ab'}, 'tie_rule': None},
         seed=0,
         resamples=200,
         versions={'jax': '1'},
@@ -77,6 +77,8 @@ def test_all_text_is_escaped(text, parse):
     assert parsed.words.count(ODD) == 2  # above, and with the variant
     assert ['model.path', '<a&b>', '"c" <d>'] in parsed.rows
     assert ['model.path', '<a&b>'] in parsed.rows
+    assert ['sha256.u.data', 'ab'] in parsed.rows
+    assert ['tie_rule', '–'] in parsed.rows
 
 
 def test_every_variant_has_its_rows_and_what_the_test_says(text, parse):

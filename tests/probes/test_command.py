@@ -84,6 +84,7 @@ def test_the_command_writes_what_it_prints(workdir):
     assert lines[0].startswith('llm: 4 users, 3 orders of 10 candidates; ')
     found = storage.read_json(workdir / 'probes' / 'order_llm.json')
     assert (found['probe'], found['users'], found['orders']) == ('order', 4, 3)
+    assert found['candidate_order'] == 'shuffled'
     assert sum(found['slots']['counts']) == 12
     assert not list(workdir.rglob('*.tmp'))
 
@@ -101,6 +102,18 @@ def test_the_first_order_is_the_runs_own(workdir):
     assert np.abs(found.scores[:, 1] - kept).max() > 1e-3  # the other order is read
     assert sorted(found.slots[0, 1].tolist()) == list(range(10))
     assert json.loads(json.dumps(order.probe(run, None, 2)))['users'] == 12  # all that there are
+
+
+@pytest.mark.slow
+def test_the_first_order_of_a_run_of_numbers_has_the_scores_of_numbers(workdir):
+    run = open_run(workdir, 'llm_zero_shot')
+    config = run.project.config
+    config.prompts.answer = config.ranking.mode = 'index'
+    config.ranking.normalize = 'sum'
+    users, items = run.sample(4, 50)
+    own = run.score('own', queries_of(run.project, 'test', users, items)[0])
+    found = order.score_orders(run, users, items, 2)
+    np.testing.assert_allclose(found.scores[:, 0], own, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -231,6 +244,14 @@ def test_what_a_run_has_not_is_named(workdir):
     run.project.config.prompts.candidates = False
     with pytest.raises(InputError, match=r'config\.prompts\.candidates of the run is False'):
         order.probe(run, 4, 2)
+    run.project.config.ranking.mode = 'generate'
+    for listed in (False, True):
+        run.project.config.prompts.candidates = listed
+        for probe in (lambda: order.probe(run, 4, 2), lambda: invariance.probe(run, 4)):
+            with pytest.raises(
+                InputError, match=r"mode of the run is 'generate': it writes titles"
+            ):
+                probe()
 
 
 def test_an_unfinished_run_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from palr_jax import llm_input, pipeline
+from palr_jax import llm_input, pipeline, storage
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
 from palr_jax.project import Project
@@ -152,6 +152,38 @@ def test_without_a_run_a_training_example_lends_what_the_user_has_not_had(inputs
         assert shown.candidates
         assert not set(shown.candidates) & set(shown.history)
         assert 'of a training example, as nothing' in render(shown, project)
+
+
+def test_training_lists_that_are_retrieved_are_shown_of_a_run_alone(inputs, tmp_path):
+    config = config_of(inputs)
+    config.tasks.update({'candidates_from': 'retriever', 'recommend_retrieval': 1.0})
+    config.tasks.update({'candidates': 3, 'targets': 10})
+    project = open_project(config, None)
+    assert 'of a training example' in render(show_query(project, 0, 'test', None), project)
+    project = open_project(config, tmp_path)
+    examples = llm_input.drawn_examples(project, [0])
+    for without in (open_project(config, None), project):
+        with pytest.raises(
+            InputError, match=r"from is 'retriever': fine-tuning .*: --workdir of a"
+        ):
+            show_example(without, 0, None, 1)
+    cuts = np.array([len(example.past) for example in examples])
+    coming = project.dataset.split.train(0)[cuts]
+    items = np.stack([coming, np.full(len(cuts), -1)], axis=1)
+    storage.write_arrays(
+        tmp_path / 'finetune' / 'candidates.npz',
+        users=np.zeros(len(cuts), int),
+        cuts=cuts,
+        items=items,
+        scores=np.zeros(items.shape, np.float32),
+    )
+    shown = show_example(project, 0, None, 1)
+    assert shown.candidates == shown.targets == (coming[0],)
+    assert '1 item: retrieved without the user' in render(shown, project)
+    raw_id = project.dataset.user_ids[30]
+    assert raw_id != '30'
+    with pytest.raises(InputError, match=f'the user {raw_id} is not in it'):
+        show_example(project, 30, None, 1)
 
 
 @pytest.mark.parametrize('answer', ['title', 'id_title'])

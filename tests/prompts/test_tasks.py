@@ -224,6 +224,18 @@ def test_swaps_exchange_one_shown_item_with_one_of_the_answer(split, catalogue, 
     assert within(swapped, len(made), share)
 
 
+def test_examples_whose_candidates_are_retrieved_keep_the_users_own_history(
+    split, catalogue, pairs
+):
+    """An item that a swap took out of it could be retrieved, and be listed as a negative."""
+    retrieved = {'candidates_from': 'covisitation', 'recommend_retrieval': 1.0, 'swap': 1.0}
+    made = make(split, catalogue, pairs, candidates=8, targets=10, **retrieved)
+    similar = make(split, catalogue, pairs, swap=0.0)
+    assert [e.past for e in made] == [e.past for e in similar]
+    assert [e.history for e in made] == [e.history for e in similar]
+    assert {(e.task, e.candidates, e.targets) for e in made} == {('recommend_retrieval', (), ())}
+
+
 # --- enrichment -----------------------------------------------------------------------------------
 
 

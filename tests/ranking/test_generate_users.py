@@ -15,6 +15,7 @@ from palr_jax.evaluation.metrics import hit_rate, rank_targets
 from palr_jax.prompts.encode import Encoder
 from palr_jax.prompts.template import load_template
 from palr_jax.ranking import generate_users as module
+from palr_jax.ranking import users as kept
 from palr_jax.ranking.constrained import make_writer, place_queries
 from palr_jax.ranking.fuse import fuse
 from palr_jax.ranking.generate import NOT_FINITE
@@ -72,7 +73,7 @@ def test_places_of_many_users_and_a_continued_run(encoder, tmp_path, monkeypatch
             yield batch
 
     monkeypatch.setattr(module, 'place_queries', counted)
-    monkeypatch.setattr(module, 'SAVE_SECONDS', 0.0)
+    monkeypatch.setattr(kept, 'SAVE_SECONDS', 0.0)
 
     def run(identity='a', number=4):
         return generate_users(
@@ -145,11 +146,11 @@ def stand_in(encoder, answers, calls):
     return generator
 
 
-def answer(encoder, monkeypatch, path, texts, histories, calls, batch_size=2):
+def answer(encoder, monkeypatch, path, texts, histories, calls, batch_size=2, first=0):
     monkeypatch.setattr(module, 'make_generator', lambda *_, **__: stand_in(encoder, texts, calls))
     return answer_users(
         'made up',
-        np.arange(len(texts)),
+        first + np.arange(len(texts)),
         [Query(np.array([n, 7, 7], np.int32), (), f'User {n}0') for n in range(len(texts))],
         histories,
         encoder,
@@ -196,8 +197,53 @@ def test_free_answers_by_hand(encoder, tmp_path, monkeypatch):
     assert read_answers(tmp_path / 'answers.npz').shares() == found.shares()
 
 
+def test_an_answer_is_read_once_however_often_they_are_saved(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(kept, 'SAVE_SECONDS', -1)
+    texts, real = [], module.read_answer
+    monkeypatch.setattr(
+        module, 'read_answer', lambda text, *of: texts.append(text) or real(text, *of)
+    )
+    found = answer(encoder, monkeypatch, tmp_path, ['"M 1986"'] * 6, [()] * 6, [])
+    assert texts == [''] * 6 + ['"M 1986"'] * 6
+    assert found.items.tolist() == [[5]] * 6
+
+
+def test_what_is_kept_of_other_users_or_candidates_is_replaced(encoder, tmp_path, monkeypatch):
+    calls = []
+    for first in (0, 5, 5):
+        found = answer(encoder, monkeypatch, tmp_path, ['', ''], [()] * 2, calls, first=first)
+        assert found.users.tolist() == [first, first + 1]
+    assert calls == [[0, 1], [0, 1]]
+
+    asked = []
+
+    def places(writer, params, queries, *_, **__):
+        asked.append(len(queries))
+        return [(np.arange(len(queries)), [np.array([1, 2])] * len(queries), 1)] if queries else []
+
+    monkeypatch.setattr(module, 'make_writer', lambda *_, **__: None)
+    monkeypatch.setattr(module, 'place_queries', places)
+    for user, items in ((3, [4, 5]), (3, [4, 5]), (7, [4, 5]), (7, [6, 5])):
+        found = generate_users(
+            'made up',
+            np.array([user]),
+            np.array([items]),
+            [None],
+            encoder,
+            None,
+            CONFIG,
+            model=tiny_config(),
+            lora=None,
+            dtype=None,
+            path=epath.Path(tmp_path / 'places.npz'),
+            identity='a',
+        )
+        assert (found.users.tolist(), found.items.tolist()) == ([user], [items])
+    assert asked == [1, 0, 1, 1]
+
+
 def test_a_continued_run_says_whose_answer_is_wrong(encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, 'SAVE_SECONDS', -1)
+    monkeypatch.setattr(kept, 'SAVE_SECONDS', -1)
     calls = []
     for _ in range(2):
         with pytest.raises(InputError, match=r'^User 30: the logits are not finite'):

@@ -26,6 +26,7 @@ from palr_jax.ranking.score import (
     pack,
     padding_share,
     plan_batches,
+    score_batches,
     score_queries,
     shared_beginning,
     useful_tokens,
@@ -362,6 +363,22 @@ def test_a_token_that_the_model_does_not_know_is_refused(params, scorer):
     queries[3] = Query(queries[3].prompt, (np.arange(2), np.array([1, VOCABULARY])))
     with pytest.raises(InputError, match='Query 3: the score of candidate 1 is nan'):
         score(scorer, params, queries)
+
+
+def test_a_batch_is_started_before_the_sums_of_the_one_before_are_read():
+    started = []
+
+    def scorer(_, batch):
+        started.append(batch)
+        return np.zeros(batch.answers.shape, np.float32)
+
+    queries = draw_queries()
+    plan = plan_batches(queries, 2, 32, 1, 512)
+    seen = [
+        (indices.tolist(), len(started))
+        for indices, _ in score_batches(scorer, None, queries, plan)
+    ]
+    assert seen == [(members.tolist(), n) for (members, _), n in zip(plan, (2, 3, 3))]
 
 
 def test_a_bfloat16_base_gives_distinct_float32_scores(params, expected):
