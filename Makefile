@@ -10,6 +10,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ELSEWHERE := not long and not torch and not tpu_backend and not multiprocess and not browser
+TEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+UNOPTIMIZED := JAX_DISABLE_MOST_OPTIMIZATIONS=1
 CONSTRAINTS = constraints/py$(shell $(PYTHON) -c 'import sys; print("%d%d" % sys.version_info[:2])').txt
 INSTALL = $(BIN)/python -m pip install -qq $(if $(wildcard $(CONSTRAINTS)),-c $(CONSTRAINTS))
 
@@ -18,11 +20,12 @@ INSTALL = $(BIN)/python -m pip install -qq $(if $(wildcard $(CONSTRAINTS)),-c $(
 demo: $(VENV)/installed
 	$(BIN)/python -m palr_jax.main --config=configs/demo.py --workdir=runs/demo
 
-# Many tests compile the same small programs: they share a cache of them, a new one each time.
+# Most of a test's time is compiling. So LLVM leaves its optimisations out, which changes no result
+# beyond rounding (XLA's own passes run; test-more has all of it), and tests share what they compile.
 test: $(VENV)/installed
 	rm -rf $(VENV)/programs
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VENV)/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(ELSEWHERE)"
+	$(UNOPTIMIZED) $(TEST) -m "$(ELSEWHERE)"
 
 test-more: $(VENV)/installed
 	$(INSTALL) -e '.[test,torch,tpu_backend,browser]'
@@ -34,12 +37,10 @@ test-beam:
 	$(VENV)-beam/bin/python -m pip install -qq -e '.[test,beam]'
 	JAX_PLATFORMS=cpu $(VENV)-beam/bin/python -m pytest tests/data/test_beam.py
 
-# Compiling is most of what the quick tests do, so here they do without XLA's optimisations.
 check: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$(ELSEWHERE) and not slow and not real_data"
+	$(UNOPTIMIZED) $(TEST) -m "$(ELSEWHERE) and not slow and not real_data"
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .

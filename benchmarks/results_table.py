@@ -1,6 +1,6 @@
 """A table of stored rows, as docs/results.md shows them.
 
-    python benchmarks/results_table.py docs/results/retriever_*_seed?.json [--systems=retriever,sequence]
+    python benchmarks/results_table.py docs/results/retriever_*_seed?.json [--systems=A,B]
 
 Each file is the report/metrics.json of a run. Several seeds of one kind get a line with their mean.
 """

@@ -78,7 +78,8 @@ def check(config: ConfigDict, topology: str, programs: list[str], answer_tokens:
     validate(config)
     if unknown := set(programs) - set(ADVICE):
         raise InputError(f'--programs has {sorted(unknown)}; allowed: {", ".join(ADVICE)}.')
-    hardware = find_hardware(topology or config.mesh.hardware)
+    field = '--topology' if topology else 'config.mesh.hardware'
+    hardware = find_hardware(topology or config.mesh.hardware, field)
     model = architecture(config.model.path)
     mesh = make_mesh(config.mesh, chips(hardware, config.mesh.slices))
     dtype = jnp.dtype(config.model.dtype)
@@ -103,29 +104,27 @@ def check(config: ConfigDict, topology: str, programs: list[str], answer_tokens:
     }
 
 
-def find_hardware(name: str) -> Hardware:
+def find_hardware(name: str, field: str) -> Hardware:
     """The hardware of a name, or of a TPU topology of a generation that is known.
+
+    Args:
+      name: of `HARDWARE`, or a topology.
+      field: that holds the name, for messages.
 
     Raises:
       InputError: it is not known, or no TPU.
     """
-    if name in HARDWARE:
-        found = HARDWARE[name]
-    else:
-        generation = name.partition(':')[0] + ':'
-        same = [h for h in HARDWARE.values() if h.topology.startswith(generation)]
-        if ':' not in name or not same:
-            known = sorted({h.topology.partition(':')[0] for h in HARDWARE.values()} - {''})
-            raise InputError(
-                f'--topology={name}: not known; allowed: {", ".join(HARDWARE)}, or sizes as in '
-                f'v5e:4x4, of {", ".join(known)}.'
-            )
-        found = dataclasses.replace(same[0], topology=name)
-    if not found.topology:
-        raise InputError(
-            f'--topology={name}: only TPU programs can be compiled without the device.'
-        )
-    return found
+    tpus = {known: hardware for known, hardware in HARDWARE.items() if hardware.topology}
+    if name in tpus:
+        return tpus[name]
+    generations = {tpu.topology.partition(':')[0]: tpu for tpu in tpus.values()}
+    generation, colon, _ = name.partition(':')
+    if colon and generation in generations:
+        return dataclasses.replace(generations[generation], topology=name)
+    raise InputError(
+        f'{field} is {name!r}; allowed, since only programs for TPUs can be compiled without the '
+        f'device: {", ".join(tpus)}, or sizes as in v5e:4x4, of {", ".join(sorted(generations))}.'
+    )
 
 
 def chips(hardware: Hardware, slices: int = 1) -> list[Any]:
@@ -145,7 +144,7 @@ def chips(hardware: Hardware, slices: int = 1) -> list[Any]:
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f'--topology={hardware.topology}: {reason}') from error
+        raise InputError(f'The topology {hardware.topology} is refused: {reason}') from error
     return topology.devices
 
 

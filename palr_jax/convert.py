@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags, logging
+from etils import epath
 from flax import traverse_util
 
 from palr_jax import cli, data
@@ -56,14 +57,14 @@ def convert(
     out = Path(out)
     if out.exists():
         raise InputError(f'--out={out} exists; allowed: the name of a folder that is yet to be.')
-    path = Path(data.resolve(model))
+    path = data.resolve(model)
     checkpoint = open_checkpoint(path)
     more = {}
     leaves, spec = None, None
     if adapter is not None:
         leaves, spec = peft.load_adapter(adapter, checkpoint.config)
-        digest = hashlib.sha256((Path(adapter) / peft.WEIGHTS).read_bytes()).hexdigest()
-        before = export.settings_of(path, checkpoint).get(MERGED, [])
+        digest = hashlib.sha256((epath.Path(adapter) / peft.WEIGHTS).read_bytes()).hexdigest()
+        before = export.settings_of(path, checkpoint).get(MERGED) or []
         if digest in before:
             raise InputError(f'{path}: has --adapter={adapter} merged into it already.')
         more = {MERGED: [*before, digest]}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from etils import epath
 from gguf.scripts.gguf_new_metadata import MetadataDetails, copy_with_new_metadata
 from safetensors.numpy import load_file
 
-from palr_jax.convert import convert, merged
+from palr_jax.convert import MERGED, convert, merged
 from palr_jax.errors import InputError
 from palr_jax.llama import lora
 from palr_jax.llama.load import load_model, open_checkpoint
@@ -184,7 +186,9 @@ def test_the_chat_template_of_a_gguf_file_is_carried(tmp_path):
     )
     for source, expected in (('chat', template), ('plain', None)):
         convert(tmp_path / f'{source}.gguf', tmp_path / source)
-        assert AutoTokenizer.from_pretrained(tmp_path / source).chat_template == expected
+        theirs = AutoTokenizer.from_pretrained(tmp_path / source)
+        assert theirs.chat_template == expected
+        assert theirs.encode('Heat') == [0, *tokenizer.encode('Heat')]
 
 
 def test_an_adapter_is_not_merged_twice(inputs, tmp_path):
@@ -194,6 +198,34 @@ def test_an_adapter_is_not_merged_twice(inputs, tmp_path):
     with pytest.raises(InputError, match='merged into it already'):
         convert(tmp_path / 'once', tmp_path / 'twice', adapter=folder / 'adapter')
     assert not (tmp_path / 'twice').exists()
+
+
+def test_a_note_of_merged_adapters_may_be_null(inputs, tmp_path):
+    write_base(tmp_path / 'base')
+    settings = json.loads((tmp_path / 'base' / 'config.json').read_text())
+    (tmp_path / 'base' / 'config.json').write_text(json.dumps(settings | {MERGED: None}))
+    convert(tmp_path / 'base', tmp_path / 'out', adapter=inputs[0] / 'adapter')
+    assert len(json.loads((tmp_path / 'out' / 'config.json').read_text())[MERGED]) == 1
+
+
+def test_remote_paths_keep_their_scheme(inputs, tmp_path, monkeypatch):
+    """The weights must be local; the adapter is read where it is, by etils."""
+    with pytest.raises(InputError, match=r'^gs://bucket/base: weights are memory-mapped'):
+        convert('gs://bucket/base', tmp_path / 'out')
+    folder, _ = inputs
+    adapter = 'gs://bucket/run/finetune/adapter'
+    opened = []
+
+    def read_bytes(path):
+        opened.append(os.fspath(path))
+        local = opened[-1].replace(adapter, str(folder / 'adapter'))
+        return pathlib.Path(local).read_bytes()
+
+    of_etils = type(epath.Path(adapter))
+    monkeypatch.setattr(of_etils, 'read_bytes', read_bytes)
+    monkeypatch.setattr(of_etils, 'read_text', lambda path: read_bytes(path).decode())
+    convert(folder / 'base', tmp_path / 'out', adapter=adapter)
+    assert opened.count(f'{adapter}/adapter_model.safetensors') == 2  # its numbers and its digest
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):

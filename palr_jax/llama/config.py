@@ -200,7 +200,7 @@ def rope_scaling(kind: str, values: Mapping[str, Any], where: str) -> RopeScalin
     Raises:
       InputError: the kind is unknown, a needed key is missing, or a key is not known.
     """
-    if kind not in ROPE_FIELDS:
+    if kind not in tuple(ROPE_FIELDS):  # a file may hold what no key can be
         raise InputError(
             f'{where}: the rope type is {kind!r}; allowed: {", ".join(sorted(ROPE_FIELDS))}.'
         )
@@ -284,7 +284,7 @@ def _rope(config: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     for each in given:
         rope |= each
     kinds = [rope.pop(key) for key in ('rope_type', 'type') if key in rope]
-    if len(set(kinds)) > 1:
+    if kinds and kinds[0] != kinds[-1]:
         raise InputError(f'{where}: rope_type is {kinds[0]!r}, type is {kinds[1]!r}; allowed: one.')
     default_theta = number(config, 'rope_theta', where, 10000.0)
     theta = number(rope, 'rope_theta', where, default_theta)

@@ -82,8 +82,7 @@ class File:
           InputError: no whole GGUF file, another architecture, or a tensor type not in `TYPES`.
         """
         self.path = Path(path)
-        reader = _reader(self.path)
-        self.metadata = {key: field.contents() for key, field in reader.fields.items()}
+        reader, self.metadata = _opened(self.path)
         architecture = self.metadata.get('general.architecture')
         if architecture != 'llama':
             raise InputError(
@@ -120,7 +119,7 @@ class File:
         return values[index]
 
     def source(self) -> TensorSource:
-        return TensorSource(str(self.path), self.shapes, self.read)
+        return TensorSource(str(self.path), self.shapes, self.read, whole=True)
 
     def _config(self) -> LlamaConfig:
         where = str(self.path)
@@ -212,17 +211,18 @@ def llama3_divisors(scaling: RopeScaling, theta: float, head_dim: int) -> np.nda
     return 1 / (blend + (1 - blend) / scaling.factor)
 
 
-def _reader(path: Path) -> gguf.GGUFReader:
+def _opened(path: Path) -> tuple[gguf.GGUFReader, dict[str, Any]]:
     try:
         with open(path, 'rb') as file:
             magic = file.read(4)
         if magic != b'GGUF':
             raise InputError(f'{path}: begins with {magic!r}; allowed: b"GGUF", a GGUF file.')
         reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
     except OSError as error:
         raise InputError(f'{path}: cannot be read ({error.strerror or error}).') from error
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise InputError(f'{path}: is no whole GGUF file of a known version ({error}).') from error
     if reader.byte_order != 'I':
         raise InputError(f"{path}: has the byte order of another machine; allowed: this one's.")
-    return reader
+    return reader, metadata

@@ -102,8 +102,10 @@ def _open_folder(path: Path) -> Checkpoint:
     config = from_hf(storage.read_json(path / 'config.json'), str(path / 'config.json'))
     names = ('tokenizer.json', 'tokenizer.model')
     vocabulary = [(path / name).read_bytes() for name in names if (path / name).exists()]
-    identity = _fingerprint(config, folder.shapes, folder.dtypes, folder.files, vocabulary)
     tokens = tokenizer.from_hf_folder(path)
+    # Any of three files names these; in a GGUF file they are metadata of the tokenizer.
+    vocabulary.append(json.dumps([tokens.bos_id, tokens.eos_id, tokens.pad_id]).encode())
+    identity = _fingerprint(config, folder.shapes, folder.dtypes, folder.files, vocabulary)
     return Checkpoint(config, tokens, identity, hf.TABLE, folder.source(config))
 
 

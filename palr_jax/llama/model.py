@@ -323,6 +323,8 @@ def _log_softmax(hidden, targets, head, axis):
     logits = head_logits(hidden, head, axis)
     logits = constrain(logits, ROW_AXES, None, HEAD_AXIS)
     norm = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    # A negative index would count from the end.
+    targets = jnp.where(targets < 0, logits.shape[-1], targets)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
     return (chosen - norm)[..., 0], logits, norm
 

@@ -34,6 +34,7 @@ _READ = {
 _HARMLESS = {
     'auto_mapping',
     'base_model_name_or_path',
+    'eva_config',
     'inference_mode',
     'megatron_core',
     'peft_version',
@@ -42,7 +43,7 @@ _HARMLESS = {
     'task_type',
 }
 # The other ways of starting (pissa, olora, corda, loftq) change the base weights.
-_STARTS = (True, False, None, 'gaussian', 'eva')
+_STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 
 
 def save_adapter(folder: epath.PathLike, adapter: Params, spec: LoraSpec, base: str) -> None:

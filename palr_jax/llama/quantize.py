@@ -25,8 +25,10 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from palr_jax.errors import InputError
+from palr_jax.llama.products import PROJECTED
 
 Path = tuple[str, ...]  # of a leaf in the parameter tree
 
@@ -106,17 +108,47 @@ def dequantize(kernel: Quantized) -> jax.Array:
     return jnp.concatenate(_nf4_halves(kernel), axis=-1)
 
 
+@jax.custom_vjp
 def matmul(x: jax.Array, kernel: Quantized) -> jax.Array:
-    """x [..., in] @ one layer's kernel -> [..., out] in the type of x.
+    """x [..., in] @ one layer's kernel -> [..., out] in the type of x; the kernel has no gradient.
 
-    Not by `products.product`, whose backward pass names the kernel: a mesh would then gather it
-    unpacked.
+    Not by `products.product`, whose backward pass names the unpacked kernel: a mesh would then
+    gather that.
     """
+    return _matmul_forward(x, kernel)[0]
+
+
+def _matmul_forward(x, kernel):
     if 'int8' in kernel:
         # bfloat16 holds every int8 exactly; the scale, which it would round, multiplies the sums.
-        y = x @ kernel['int8'].astype(x.dtype)
-        return (y * kernel['scale'][0]).astype(x.dtype)
-    return jnp.concatenate([x @ half.astype(x.dtype) for half in _nf4_halves(kernel)], axis=-1)
+        y = (_dot(x, kernel['int8'], 0) * kernel['scale'][0]).astype(x.dtype)
+    else:
+        halves = [_dot(x, half, 0).astype(x.dtype) for half in _nf4_halves(kernel)]
+        y = jnp.concatenate(halves, axis=-1)
+    return checkpoint_name(y, PROJECTED), kernel
+
+
+def _matmul_backward(kernel, y_bar):
+    if 'int8' in kernel:
+        x_bar = _dot((y_bar * kernel['scale'][0]).astype(y_bar.dtype), kernel['int8'], 1)
+    else:
+        first, second = jnp.split(y_bar, 2, axis=-1)
+        of_first, of_second = _nf4_halves(kernel)
+        x_bar = _dot(first, of_first, 1) + _dot(second, of_second, 1)
+    return x_bar.astype(y_bar.dtype), None
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _dot(left: jax.Array, right: jax.Array, axis: int) -> jax.Array:
+    """Contracts the last axis of `left` with this one of `right`, in the type of `left`: float32.
+
+    As in `products.dot`, a CPU's matrix units take bfloat16 only where the result is float32.
+    """
+    dimensions = (((left.ndim - 1,), (axis,)), ((), ()))
+    right = right.astype(left.dtype)
+    return jax.lax.dot_general(left, right, dimensions, preferred_element_type=jnp.float32)
 
 
 def _nf4_halves(kernel: Quantized) -> list[jax.Array]:

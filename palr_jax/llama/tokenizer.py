@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from palr_jax import storage
 from palr_jax.errors import InputError
@@ -103,8 +111,19 @@ class Tokenizer:
             settings[f'{role}_token'] = None if i is None else self.backend.id_to_token(i)
         if self.chat_template is not None:
             settings['chat_template'] = self.chat_template
-        storage.write_text(Path(folder) / 'tokenizer.json', self.backend.to_str())
+        storage.write_text(Path(folder) / 'tokenizer.json', self._with_bos().to_str())
         storage.write_json(Path(folder) / 'tokenizer_config.json', settings)
+
+    def _with_bos(self) -> tokenizers.Tokenizer:
+        """A copy that puts BOS before a text by itself, which is what transformers goes by."""
+        backend = tokenizers.Tokenizer.from_str(self.backend.to_str())
+        if self.bos_id is not None:
+            # Under a name of ours: a token may hold what means something in a template.
+            bos = {'id': 'bos', 'ids': [self.bos_id], 'tokens': [backend.id_to_token(self.bos_id)]}
+            backend.post_processor = processors.TemplateProcessing(
+                single='bos $A', pair='bos $A $B', special_tokens=[bos]
+            )
+        return backend
 
     @functools.cached_property
     def _literal(self) -> tokenizers.Tokenizer:
@@ -147,14 +166,15 @@ def from_hf_folder(folder: str | os.PathLike) -> Tokenizer:
             token = source.get(f'{role}_token')
             name = token.get('content') if isinstance(token, Mapping) else token
             if name is not None:
-                found = backend.token_to_id(name)
+                found = backend.token_to_id(name) if isinstance(name, str) else None
                 if found is None:
                     raise InputError(
-                        f'{folder}: {role}_token is {name!r}, which the vocabulary does not hold.'
+                        f'{folder}: {role}_token is {name!r}; allowed: a token of the vocabulary.'
                     )
                 return found
         number = config.get(f'{role}_token_id')
-        return number[0] if isinstance(number, list) and number else number
+        number = number[0] if isinstance(number, list) and number else number
+        return None if number == -1 else number  # as old conversions of LLaMA 1 write that
 
     bos_id = special('bos')
     add_bos = settings.get('add_bos_token')
@@ -237,7 +257,10 @@ def _checked(
     if eos_id is None:
         raise InputError(f'{where}: the tokenizer names no token that ends a text (eos_token).')
     for role, i in (('bos', bos_id), ('eos', eos_id), ('pad', pad_id)):
-        if i is not None and (not isinstance(i, int) or backend.id_to_token(i) is None):
+        if i is None:
+            continue
+        # The library takes 32 bits.
+        if type(i) is not int or i not in range(2**32) or backend.id_to_token(i) is None:
             raise InputError(f'{where}: the {role} token is id {i!r}, which the vocabulary lacks.')
     return Tokenizer(backend, bos_id, eos_id, pad_id, chat_template)
 

@@ -3,10 +3,12 @@
 A format (Hugging Face, GGUF) brings a table of its tensor names and a function that reads one
 tensor or a part of it; the tree is the same. Tensors are read one by one straight into the shards
 of their stacked leaf that this process has, so at most one leaf is held beside the result, and of a
-leaf that is spread over many hosts each reads its own part.
+leaf that is spread over many hosts each reads its own part. Of a format that has only whole tensors
+one is kept until the next is read, for the other shards.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -50,11 +52,13 @@ class TensorSource:
       shapes: of every tensor by name, row-major, as `read` returns them.
       read: reads one tensor, or the part of it that an index of slices names, as floating-point
         numbers.
+      whole: a part costs as much as its tensor.
     """
 
     where: str
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[..., np.ndarray]  # (name, index) or (name)
+    whole: bool = False
 
 
 def leaf_shapes(config: LlamaConfig) -> dict[Path, tuple[int, ...]]:
@@ -125,6 +129,9 @@ def build(
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = shardings or (lambda path, shape: here)
     leaves = leaf_shapes(config)
+    if source.whole:
+        last = functools.lru_cache(maxsize=1)(source.read)
+        source = dataclasses.replace(source, read=lambda name, index: last(name)[index])
     params: dict[str, Any] = {}
     with Progress('weights', sum(1 for _ in tensor_names(table, config)), 'tensors') as progress:
         for row in table:

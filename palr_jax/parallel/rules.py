@@ -1,7 +1,8 @@
 """Where each parameter lies on the mesh: one table, from the path of a leaf to its axes.
 
 It holds for whatever has the paths of the parameters in it: quantised kernels, adapters, the
-moments of the optimiser.
+moments of the optimiser. A byte of an nf4 kernel holds outputs that are half the kernel apart, so
+over the tensor axis heads are cut, and XLA puts them together again: correct, but slow.
 """
 
 import functools
@@ -46,6 +47,8 @@ def partition(
       config: the architecture, for its numbers of heads.
     """
     spec = _rule(path)
+    if path[-1:] == ('nf4',) and mesh.shape['tensor'] > 1:
+        _warn_of_nf4(mesh.shape['tensor'])
     wanted = (*spec, *(None,) * (len(shape) - len(spec)))
     units = list(shape)
     for axis, name in enumerate(wanted):
@@ -95,6 +98,15 @@ def _rule(path: tuple[str, ...]) -> PartitionSpec:
 def _projection(path: tuple[str, ...]) -> str:
     """'q' of …/attention/q/kernel/int8; '' of what is no projection."""
     return path[path.index('attention') + 1] if 'attention' in path[:-1] else ''
+
+
+@functools.cache
+def _warn_of_nf4(tensor: int) -> None:
+    logging.warning(
+        "config.model.quantize is 'nf4' and config.mesh.tensor is %d: heads are cut, which costs "
+        "much communication; config.mesh.fsdp and 'int8' do not cut them",
+        tensor,
+    )
 
 
 @functools.cache  # a leaf, its moments, every program: once is enough

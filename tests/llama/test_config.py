@@ -88,6 +88,8 @@ def test_m06_transformers_5_spelling_holds_theta_inside():
     [
         ({'rope_type': 'yarn', 'factor': 4.0}, "'yarn'; allowed: default, linear, llama3"),
         ({'type': 'dynamic', 'factor': 4.0}, "'dynamic'"),
+        ({'rope_type': ['llama3']}, "the rope type is ['llama3']; allowed: default"),
+        ({'rope_type': ['llama3'], 'type': 'llama3'}, "rope_type is ['llama3'], type is"),
         ({'type': 'linear'}, 'factor is None'),
         ({'type': 'linear', 'factor': 0.5}, 'factor is 0.5'),
         ({'type': 'linear', 'factor': '2'}, "factor is '2'"),

@@ -291,6 +291,14 @@ def test_truncated_gguf(tmp_path, tokenizer):
             load_model(path)
 
 
+def test_metadata_that_is_no_text_is_refused(tmp_path, tokenizer):
+    path = tmp_path / 'x.gguf'
+    write_gguf_file(path, CONFIG, random_params(CONFIG, 0), tokenizer)
+    path.write_bytes(path.read_bytes().replace(b'<|im_end|>', b'<|im_end|\xff'))
+    with pytest.raises(InputError, match=r"x\.gguf: is no whole GGUF file .*'utf-8' codec"):
+        load_model(path)
+
+
 def test_unknown_version(tmp_path):
     (tmp_path / 'x.gguf').write_bytes(b'GGUF' + (9).to_bytes(4, 'little') + bytes(64))
     with pytest.raises(InputError, match='version 9'):

@@ -54,6 +54,17 @@ def test_fingerprint_names_headers_and_not_places(tmp_path, tokenizer):
     assert write(tmp_path / 'f', CONFIG, other) != first
 
 
+@pytest.mark.parametrize(
+    'change',
+    [{'add_bos_token': False}, {'eos_token': '<|im_start|>'}, {'pad_token': '<|im_start|>'}],
+)
+def test_fingerprint_names_the_special_tokens(tmp_path, tokenizer, change):
+    """They change what a run computes, and are in no weight and not in tokenizer.json."""
+    first = write(tmp_path, CONFIG, tokenizer)
+    reconfigure(tmp_path, 'tokenizer_config.json', **change)
+    assert open_checkpoint(tmp_path).fingerprint != first
+
+
 def test_fingerprint_of_a_gguf_file(tmp_path, tokenizer):
     params = random_params(CONFIG, seed=0)
     prints = []
@@ -74,9 +85,9 @@ def test_opening_reads_no_weight(tmp_path, tokenizer):
         checkpoint.params()
 
 
-def reconfigure(folder, **fields):
-    config = json.loads((folder / 'config.json').read_text())
-    (folder / 'config.json').write_text(json.dumps(config | fields))
+def reconfigure(folder, file='config.json', **fields):
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(config | fields))
 
 
 # What is done to a folder of two shards, and what is said of it.
@@ -164,4 +175,7 @@ def test_folder_without_config(tmp_path, tokenizer):
     write_hf_folder(tmp_path, CONFIG, random_params(CONFIG, 0), tokenizer)
     (tmp_path / 'config.json').unlink()
     with pytest.raises(InputError, match=r'config\.json: this file does not exist'):
+        load_model(tmp_path)
+    (tmp_path / 'config.json').mkdir()
+    with pytest.raises(InputError, match=r'config\.json: cannot be read \(Is a directory\)\.$'):
         load_model(tmp_path)

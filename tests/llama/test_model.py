@@ -287,7 +287,9 @@ def test_log_likelihood_in_chunks_equals_the_whole(B, each):
 
 def test_a_token_outside_the_vocabulary_is_no_number(params, logits):
     """An out-of-range gather clamps silently in JAX; here it must not pass for a score."""
-    assert np.isnan(log_likelihood(jnp.ones((1, 1, 2)), jnp.array([[3]]), jnp.ones((2, 3)))).all()
+    targets = jnp.array([[3, -1, -3, -4]])
+    found = log_likelihood(jnp.ones((1, 4, 2)), targets, jnp.ones((2, 3)))
+    assert np.isnan(found).all()
     assert np.isnan(logits(params, tokens=np.array([[1, 2, 3, 4, 5, 6, 97]]))[0, 6]).all()
 
 

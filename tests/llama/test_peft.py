@@ -131,6 +131,29 @@ def test_a_config_written_by_peft_is_read(folder):
     assert load_adapter(folder, CONFIG)[1] == dataclasses.replace(SPEC, dropout=0.05)
 
 
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {
+            'init_lora_weights': 'eva',
+            'eva_config': {
+                'adjust_scaling_factors': True,
+                'label_mask_value': -100,
+                'rho': 2.0,
+                'tau': 0.99,
+                'use_label_mask': True,
+                'whiten': False,
+            },
+        },
+        {'init_lora_weights': 'orthogonal'},
+    ],
+)
+def test_starts_that_keep_the_base_are_read(folder, changes):
+    """As peft 0.21 writes them."""
+    (folder / 'adapter_config.json').write_text(json.dumps(WRITTEN_BY_PEFT | changes))
+    assert load_adapter(folder, CONFIG)[1].rank == 4
+
+
 def test_rslora_and_dropout_go_out_and_in(folder, adapter):
     """L06: r = 16, alpha = 32 is exported with the flag that makes its factor 8."""
     spec = LoraSpec(16, 32.0, ('q',), rslora=True, dropout=0.25)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import tracemalloc
 
 import jax
@@ -20,7 +21,7 @@ from palr_jax.llama import lora, quantize
 from palr_jax.llama.config import LlamaConfig
 from palr_jax.llama.load import load_model
 from palr_jax.llama.lora import LoraSpec
-from palr_jax.llama.model import apply_logits
+from palr_jax.llama.model import REMAT, apply_logits
 from palr_jax.llama.weights import (
     Row,
     TensorSource,
@@ -187,6 +188,57 @@ def test_a_product_is_that_with_the_dequantised_kernel(kind, dtype):
         0, abs=limit * np.abs(exact).max()
     )
     assert np.all(found[..., 5] == 0)
+
+
+def draw_stored(kind):
+    return {name: part[0] for name, part in quantize.quantize(draw_kernel(), kind).items()}
+
+
+def draw_narrow(*shape):
+    return jnp.asarray(np.random.default_rng(1).standard_normal(shape), jnp.bfloat16)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_product_of_bfloat16_is_rounded_once(kind):
+    """The sums of int8 take their scale before; the values of nf4 are bfloat16 themselves."""
+    stored, x = draw_stored(kind), draw_narrow(3, 50, 128)
+    found = np.asarray(quantize.matmul(x, stored), np.float64)
+    kernel = quantize.dequantize(stored)
+    kernel = kernel if kind == 'int8' else kernel.astype(jnp.bfloat16)
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(found, exact, rtol=1.01 * 2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize(('dtype', 'most'), [(jnp.float32, 1e-6), (jnp.bfloat16, 1e-2)])
+def test_the_gradient_of_a_product(kind, dtype, most):
+    """Of sum(y * weight), by the chain rule in float64."""
+    stored, x, weight = draw_stored(kind), draw_narrow(3, 5, 128), draw_narrow(3, 5, 24)
+    loss = lambda x: jnp.sum((quantize.matmul(x, stored) * weight).astype(jnp.float32))  # noqa: E731
+    found = jax.grad(loss)(x.astype(dtype))
+    assert found.dtype == dtype
+    kernel = np.asarray(quantize.dequantize(stored), np.float64)
+    exact = np.asarray(weight, np.float64) @ kernel.T
+    assert np.abs(np.asarray(found, np.float64) - exact).max() < most * np.abs(exact).max()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_matrix_units_are_asked_for_products_of_bfloat16_in_float32(kind):
+    """Forward and backward; what the backward pass of a layer keeps is bfloat16 all the same."""
+    stored = draw_stored(kind)
+
+    def loss(x):
+        return jnp.sum(jax.nn.silu(quantize.matmul(x, stored)).astype(jnp.float32))
+
+    kept = jax.checkpoint(loss, policy=REMAT['projections'])
+    text = jax.jit(jax.grad(kept)).lower(draw_narrow(3, 5, 128)).as_text()
+    products = [line for line in text.splitlines() if 'stablehlo.dot_general' in line]
+    assert products
+    for line in products:
+        assert re.search(r'\(tensor<\S*xbf16>, tensor<\S*xbf16>\) -> tensor<\S*xf32>', line)
+    _, pull = jax.vjp(kept, draw_narrow(3, 5, 128))
+    of_results = [leaf.dtype for leaf in jax.tree.leaves(pull) if leaf.shape == (3, 5, 24)]
+    assert of_results == [jnp.bfloat16]
 
 
 @pytest.mark.parametrize('kind', KINDS)

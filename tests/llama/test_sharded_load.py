@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from palr_jax.llama import gguf
 from palr_jax.llama.load import open_checkpoint
 from palr_jax.testing.llama import (
     random_params,
@@ -71,6 +72,7 @@ def test_sharded_weights_are_the_weights(checkpoint, mesh, kind):
     assert part.size * 8 == (kernel if kind == 'none' else kernel[kind]).size
 
 
+@pytest.mark.parametrize('checkpoint', ['hf'], indirect=True)
 def test_each_number_is_read_once(checkpoint, mesh):
     """Also where several devices hold the same part, as they do of the norms."""
     read = []
@@ -84,3 +86,12 @@ def test_each_number_is_read_once(checkpoint, mesh):
     dataclasses.replace(checkpoint, source=source).params(shardings=place(mesh))
     assert sum(read) == sum(math.prod(shape) for shape in source.shapes.values())
     assert max(read) <= max(math.prod(shape) for shape in source.shapes.values()) // 4
+
+
+@pytest.mark.parametrize('checkpoint', ['gguf'], indirect=True)
+def test_a_gguf_tensor_is_dequantised_once_for_all_devices(checkpoint, mesh, monkeypatch):
+    calls = []
+    dequantize = gguf.dequantize
+    monkeypatch.setattr(gguf, 'dequantize', lambda *args: calls.append(0) or dequantize(*args))
+    checkpoint.params(shardings=place(mesh))
+    assert len(calls) == len(checkpoint.source.shapes)

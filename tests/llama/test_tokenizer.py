@@ -171,6 +171,7 @@ def test_padding_id_and_size():
         ({'merges': ['no such']}, 'merges does not fit'),
         ({'eos_token_id': None}, 'no token that ends a text'),
         ({'eos_token_id': 10**6}, 'the eos token is id 1000000'),
+        ({'eos_token_id': 2**40}, 'the eos token is id 1099511627776'),
         ({'tokens': [*BPE['tokens'], '!']}, 'names a token twice'),
         ({'model': 'llama', 'scores': [0.0]}, 'tokenizer.ggml.scores has 1 entries'),
     ],
@@ -204,6 +205,22 @@ def test_saved_folder_is_read_alike_by_transformers(tmp_path):
     assert theirs.eos_token_id == 2
     for text in TEXTS:
         assert theirs.encode(text, add_special_tokens=False) == ours.encode(text)
+    assert theirs.encode('Heat') == ours.encode('Heat')
+
+
+@pytest.mark.parametrize('bos', ['<|endoftext|>', '$A:1 $B'])
+def test_saved_folder_gives_bos_in_transformers(tmp_path, bos):
+    """Also where the token has a meaning in the template language of the tokenizers library."""
+    from transformers import AutoTokenizer
+
+    backend = byte_level('smollm').backend
+    backend.add_special_tokens([bos])
+    ours = tokenizer.Tokenizer(backend, backend.token_to_id(bos), 2)
+    ours.save(tmp_path)
+    (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.encode('Heat') == [ours.bos_id, *ours.encode('Heat')]
+    assert backend.encode('Heat').ids == ours.encode('Heat')  # ours is as it was
 
 
 def settings(folder, **files):
@@ -229,12 +246,21 @@ def test_special_tokens_from_each_file_of_a_folder(tmp_path):
         },
     )
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (1, 2, 0)
-    with pytest.raises(InputError, match="eos_token is '<eos>', which the vocabulary does not"):
-        settings(tmp_path, tokenizer_config={'eos_token': '<eos>'})
-    with pytest.raises(InputError, match="the eos token is id 'two'"):
-        settings(
-            tmp_path, tokenizer_config={}, special_tokens_map={}, config={'eos_token_id': 'two'}
-        )
+    for token in '<eos>', 2, ['<|im_end|>']:
+        with pytest.raises(InputError) as caught:
+            settings(tmp_path, tokenizer_config={'eos_token': token})
+        expected = f'{tmp_path}: eos_token is {token!r}; allowed: a token of the vocabulary.'
+        assert str(caught.value) == expected
+    (tmp_path / 'tokenizer_config.json').unlink()
+    (tmp_path / 'special_tokens_map.json').unlink()
+    for number in 'two', True, 2**40, -2, 2.0:
+        with pytest.raises(InputError, match=f'the eos token is id {number!r}, which the vocab'):
+            settings(tmp_path, config={'eos_token_id': number})
+    with pytest.raises(InputError, match='names no token that ends a text'):
+        settings(tmp_path, config={'eos_token_id': -1})
+    # Old conversions of LLaMA 1 write -1 for none.
+    ours = settings(tmp_path, config={'eos_token_id': 2, 'pad_token_id': -1})
+    assert ours.pad_id == 2
     with pytest.raises(InputError, match=r'special_tokens_map\.json: holds list'):
         settings(tmp_path, special_tokens_map=[])
 

@@ -145,6 +145,19 @@ def test_odd_sizes_are_kept_whole_with_a_message(caplog, path, shape, tensor, ke
     )
 
 
+def test_nf4_over_the_tensor_axis_is_warned_of(caplog):
+    """A byte holds the outputs j and j + out/2, of two heads."""
+    rules._warn_of_nf4.cache_clear()
+    path, shape = 'layers/attention/q/kernel/nf4', (2, 64, 32)
+    with caplog.at_level(logging.WARNING, 'absl'):
+        spec_of(path, shape, meshes.make_mesh(settings(fsdp=-1)))
+        assert not caplog.records
+        for _ in range(2):
+            spec_of(path, shape, meshes.make_mesh(settings(fsdp=-1, tensor=2)))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("config.model.quantize is 'nf4' and config.mesh.tensor is 2: heads")
+
+
 def test_weights_adapter_and_moments_lie_by_the_rules(tmp_path):
     """Each device holds an eighth of what divides; the numbers are those of one device."""
     tokenizer = tiny_tokenizer(['Heat (1995)'])

@@ -51,16 +51,16 @@ def mesh_of(sizes):
 
 
 def base_params(kind):
-    """The base in float32, of bfloat16 numbers, or in int8; computed in float32 throughout.
+    """The base in float32, of bfloat16 numbers, in int8 or nf4; computed in float32 throughout.
 
     Activations in bfloat16 would round differently with every order of summation.
     """
     params = random_params(MODEL, seed=1)
-    if kind == 'int8':
+    if kind in ('int8', 'nf4'):
         layers = params['layers']
         for group in ('attention', 'mlp'):
-            for name, leaf in layers[group].items():
-                leaf['kernel'] = quantize.quantize(layers[group][name]['kernel'], 'int8')
+            for leaf in layers[group].values():
+                leaf['kernel'] = quantize.quantize(leaf['kernel'], kind)
     if kind == 'bfloat16':
         params = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, jnp.bfloat16)), params)
     return params
@@ -146,7 +146,7 @@ def scores(kind, mesh, adapter):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'kind'),
-    [('data', 'float32'), ('tensor', 'float32')]
+    [('data', 'float32'), ('tensor', 'float32'), ('all', 'nf4')]
     + [(n, k) for n in ('fsdp', 'data-fsdp', 'fsdp-tensor', 'all') for k in BASES[:3]],
 )
 def test_ranking_equals_that_of_one_device(name, kind):
