@@ -4,6 +4,7 @@ Only the standard library, so that a laptop launches without having JAX. A launc
 of its own: what exists is asked of the tool every time.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -63,6 +64,12 @@ class Shell:
         if not self._begin(command):
             return 0
         return subprocess.run(command, check=False).returncode
+
+    def become(self, command: Sequence[str]) -> int:
+        """Runs a command in place of this process, so that signals reach it; returns 0 if dry."""
+        if self._begin(command):
+            os.execvp(command[0], command)
+        return 0
 
     def ask(self, command: Sequence[str], dry: Answer = Answer(0)) -> Answer:  # noqa: B008
         """Runs a command and returns what it said; a dry run goes on as if it had said `dry`."""

@@ -32,7 +32,7 @@ def main(own: list[str], arguments: list[str]) -> int:
         raise LaunchError(f'--processes={options.processes}: give 1 or more.')
     shell = Shell(dry=options.dry_run)
     if options.processes == 1:
-        return shell.run(palr(arguments, sys.executable, distributed=False))
+        return shell.become(palr(arguments, sys.executable, distributed=False))
     command = palr(arguments, sys.executable)
     variables = [
         {

@@ -93,7 +93,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument('--nodes', type=int, default=1)
             sub.add_argument('--gpus', type=int, default=0, help='of a node, one process each')
             sub.add_argument('--python', default='.venv/bin/python', help='of the nodes')
-            sub.add_argument('--max-retries', type=int, default=10, help='when its time was up')
+            sub.add_argument(
+                '--max-retries', type=int, default=10, help='when its time is up, less preemptions'
+            )
             sub.add_argument('--sbatch-flags', default='', help='--partition, --time, …')
     return parser
 

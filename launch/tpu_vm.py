@@ -13,6 +13,7 @@ import argparse
 import json
 import shlex
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,8 @@ STOPPED = {'STOPPED', 'STOPPING', 'HIDING', 'HIDDEN'}
 
 # Exit statuses of the scripts below. gcloud has its own (1, 255), when the connection is lost.
 BUSY, RUN_FAILED, RUN_VANISHED = 41, 42, 43
-RECONNECTIONS = 20  # in a row
+RECONNECTIONS = 20  # in a row, with no connection between them that lasted
+LASTED = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -237,10 +239,13 @@ def _bring_up(machines: Machines, create: list[str]) -> bool:
 
 def _follow(machines: Machines) -> int:
     """Shows the log of worker 0 until the run ends; connects again while the machines are there."""
-    for _ in range(RECONNECTIONS):
+    lost = 0
+    while lost < RECONNECTIONS:
+        began = time.monotonic()
         status = machines.shell.run(machines.ssh(FOLLOW, '0', node='0'))
         if status in (0, RUN_FAILED, RUN_VANISHED):
             return status
+        lost = 1 if time.monotonic() - began > LASTED else lost + 1
         machines.shell.pause(machines.interval)
         if machines.state(dry='ACTIVE').name not in READY:
             return RUN_VANISHED
@@ -324,10 +329,8 @@ def _install(origin: tuple[str, str]) -> str:
 
 
 FOLLOW = f"""cd ~/palr_run || exit {RUN_VANISHED}
-tail -n 200 -F log &
-flock --shared lock true
-sleep 1
-kill $!
+flock --shared lock true &
+tail -n 200 -F --pid=$! log
 [ -f status ] || exit {RUN_VANISHED}
 echo "the run ended with status $(cat status)"
 [ "$(cat status)" = 0 ] || exit {RUN_FAILED}"""

@@ -23,7 +23,7 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'Where the study is written.')
 VARIANT = flags.DEFINE_string('variant', None, 'Run this variant alone, and write no report.')
 REPORT = flags.DEFINE_bool('report', False, 'Run nothing; report what is finished.')
 DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'This is one of several processes of each run; see docs/tpu.md.'
+    'distributed', False, 'This is one of several processes of each run; see docs/launch.md.'
 )
 WAIT = flags.DEFINE_integer(
     'wait', 300, 'Seconds until all processes must be there.', lower_bound=1
@@ -37,13 +37,9 @@ def main(_: list[str]) -> None:
         distributed.start(WAIT.value)
     opened = study.open_study(CONFIG.value)
     failed, missing = {}, []
-    try:
-        if not REPORT.value:
+    if not REPORT.value:
+        with distributed.ending_together():
             failed = study.run(opened, WORKDIR.value, VARIANT.value)
-    except Exception as error:
-        if distributed.lost_a_peer(error):
-            distributed.leave(error)
-        raise
     if not VARIANT.value and distributed.is_writer():
         report = study_report.write(opened, WORKDIR.value)
         print(table(report))

@@ -6,6 +6,7 @@ import logging as python_logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -45,21 +46,35 @@ def _parse_flags(argv: list[str], within: str = '') -> list[str]:
         arguments = flags.FLAGS(argv)
     except flags.IllegalFlagValueError as error:
         _fail(_wrong_type(error, within))
-    except (InputError, flags.Error, TypeError, ValueError, OSError) as error:
-        # The last three are what ml_collections lets through of a wrong value.
+    except (InputError, flags.Error) as error:
         _fail(error)
+    except Exception as error:  # of a config file; or what ml_collections says of a wrong value
+        _fail(_located(error))
     logging.set_verbosity(logging.INFO)
     return arguments
 
 
 def _wrong_type(error: flags.IllegalFlagValueError, within: str) -> Exception:
     """The error in the words of `config.validate`, where the flag is a field of the config."""
-    field, value = re.match(r'flag --(?:config\.)?([\w.]+)=(.*?)(?:: |$)', str(error)).groups()
-    default = flatten(default_config()).get(field.removeprefix(within))
-    if default is None:
-        return error
-    kind = type(default).__name__
-    return InputError(f'config.{field}={value}; allowed: a value of type {kind}.')
+    text = str(error).strip()
+    found = re.match(r'flag --config\.([\w.]+)=(.*?)(?:: |$)', text, re.DOTALL)
+    default = found and flatten(default_config()).get(found[1].removeprefix(within))
+    if default is None:  # of a config file, what it raised stands last
+        return InputError(re.sub('Traceback .*\n', '', text, flags=re.DOTALL))
+    kind = 'tuple' if isinstance(default, list) else type(default).__name__
+    return InputError(f'config.{found[1]}={found[2]}; allowed: a value of type {kind}.')
+
+
+def _located(error: Exception) -> InputError:
+    """The error with the line of the config file that it comes from, if it comes from one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame for frame in frames if frame.name in ('get_config', '<module>')]
+    if not lines:
+        return InputError(str(error))
+    where, told = f'{lines[-1].filename}, line {lines[-1].lineno}', error
+    while isinstance(told, AttributeError | KeyError) and told.args:
+        told = told.args[0]  # ml_collections has one in the other, and their texts are quoted
+    return InputError(f'{where}: {type(error).__name__}: {told}')
 
 
 def _check_config_flags(arguments: list[str], within: str) -> None:

@@ -72,7 +72,7 @@ def allowed(field: str) -> str:
     if field in source.MEMBERS:
         return 'one or more of ' + _values(source.MEMBERS[field])
     if isinstance(default, list):
-        return f'one or more {type(default[0]).__name__}, 0 or larger'
+        return f'one or more {type(default[0]).__name__}, {limits(field)[0]} or larger'
     if field in source.CHOICES:
         return _values(source.CHOICES[field])
     if isinstance(default, bool | str):
@@ -82,9 +82,10 @@ def allowed(field: str) -> str:
 
 
 def limits(field: str) -> tuple[float, float]:
-    """The least and the largest value of a number."""
+    """The least and the largest value of a number, or of each in a tuple."""
     default = flatten(source.default_config())[field]
-    return source.RANGES.get(field, (1 if isinstance(default, int) else 0, math.inf))
+    number = default[0] if isinstance(default, list) else default
+    return source.RANGES.get(field, (1 if isinstance(number, int) else 0, math.inf))
 
 
 def field_comments() -> dict[str, str]:

@@ -9,7 +9,6 @@ from etils import epath
 from ml_collections import config_flags
 
 from palr_jax import cli, data, evaluation, pipeline
-from palr_jax.errors import LocalError
 from palr_jax.parallel import distributed
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -17,7 +16,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run is written.')
 DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'This is one of several processes of a run; see docs/tpu.md.'
+    'distributed', False, 'This is one of several processes of a run; see docs/launch.md.'
 )
 WAIT = flags.DEFINE_integer(
     'wait', 300, 'Seconds until all processes must be there.', lower_bound=1
@@ -28,16 +27,8 @@ OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Redo the stages that a change
 def main(_: list[str]) -> None:
     if DISTRIBUTED.value:
         distributed.start(WAIT.value)
-    try:
+    with distributed.ending_together():
         report = pipeline.run(CONFIG.value, WORKDIR.value, overwrite=OVERWRITE.value)
-    except LocalError as error:
-        if DISTRIBUTED.value:
-            distributed.leave_others(error)
-        raise
-    except Exception as error:
-        if distributed.lost_a_peer(error):
-            distributed.leave(error)
-        raise
     if not distributed.is_writer():
         return
     if report is not None:

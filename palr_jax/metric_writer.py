@@ -12,7 +12,7 @@ from etils import epath
 from tensorboardX import SummaryWriter
 
 from palr_jax import storage
-from palr_jax.errors import InputError
+from palr_jax.errors import LocalError
 
 FILE = 'metrics.jsonl'
 REMOTE_SECONDS = 60.0  # between two uploads where a file cannot be appended to
@@ -23,7 +23,7 @@ class MetricWriter:
 
     On a local disk every line is on its way to the disk when `write` returns, and TensorBoard
     reads `workdir/tensorboard/STAGE`. An object store cannot append: there the file is uploaded
-    as a whole once a minute and by `close`, and there are no TensorBoard events.
+    as a whole once a minute, by `flush` and by `close`, and there are no TensorBoard events.
 
     >>> with MetricWriter(workdir, from_step={'finetune': 50}) as writer:
     ...     writer.write(50, 'finetune', loss=2.31, learning_rate=3e-4)
@@ -39,7 +39,8 @@ class MetricWriter:
             dropped.
 
         Raises:
-          InputError: the file is damaged elsewhere than in a last line that was cut off.
+          LocalError: the file is damaged elsewhere than in a last line that was cut off, or cannot
+            be written.
         """
         self._silent = not storage.writes()
         if self._silent:
@@ -56,10 +57,15 @@ class MetricWriter:
         if self._remote:
             logging.info('%s: TensorBoard events are written on local disks only', self._path)
         else:
-            self._file = self._path.open('a')
+            with storage.writing(self._path):
+                self._file = self._path.open('a')
 
     def write(self, step: int, stage: str, **scalars: float | None) -> None:
-        """Writes one line; NaN, infinity and None become null, and no TensorBoard event."""
+        """Writes one line; NaN, infinity and None become null, and no TensorBoard event.
+
+        Raises:
+          LocalError: the file cannot be written.
+        """
         if self._silent:
             return
         values = {name: _number(value) for name, value in scalars.items()}
@@ -67,10 +73,11 @@ class MetricWriter:
         if self._remote:
             self._text += line
             if time.monotonic() - self._uploaded >= REMOTE_SECONDS:
-                self._upload()
+                self.flush()
             return
-        self._file.write(line)
-        self._file.flush()
+        with storage.writing(self._path):
+            self._file.write(line)
+            self._file.flush()
         events = self._events.get(stage)
         if events is None:
             events = self._events[stage] = SummaryWriter(
@@ -81,13 +88,22 @@ class MetricWriter:
             if value is not None:
                 events.add_scalar(name, value, int(step))
 
+    def flush(self) -> None:
+        """Leaves no line in memory alone.
+
+        Raises:
+          LocalError: the file cannot be written.
+        """
+        if not self._silent and self._remote:
+            storage.write_text(self._path, self._text)
+            self._uploaded = time.monotonic()
+
     def close(self) -> None:
-        if self._silent:
+        self.flush()
+        if self._silent or self._remote:
             return
-        if self._remote:
-            self._upload()
-            return
-        self._file.close()
+        with storage.writing(self._path):
+            self._file.close()
         for events in self._events.values():
             events.close()
 
@@ -96,10 +112,6 @@ class MetricWriter:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-    def _upload(self) -> None:
-        storage.write_text(self._path, self._text)
-        self._uploaded = time.monotonic()
 
 
 def read_curve(workdir: epath.PathLike, stage: str) -> list[dict[str, Any]]:
@@ -128,7 +140,7 @@ def _kept(text: str, from_step: Mapping[str, int], path: epath.Path) -> str:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines) and not line.endswith('\n'):
                 break  # the process was killed while it wrote
-            raise InputError(
+            raise LocalError(
                 f'{path}, line {number}: not a JSON object with step and stage ({line[:60]!r}).'
             ) from error
         if stage not in from_step or step < from_step[stage]:

@@ -7,7 +7,8 @@ start, so a half-finished stage cannot be continued under another config.
 The same command again continues. A config change that affects a stage begun before is refused, with
 the field and the first such stage; `--overwrite` removes that stage and the later ones and redoes
 them. Four things invalidate nothing: which stages are asked for, how results are shown, the devices
-and how the work is laid out on them, and more `finetune.steps`, which continue the same run.
+and how the work is laid out on them (LAYOUT), and more `finetune.steps`, which continue the same
+run.
 
 The variants of a study share their stages. Their workdirs are STUDY/variants/NAME; what can be
 shared lies in STUDY/stages/STAGE-HASH, the hash being of that config part and those identities, so
@@ -59,6 +60,8 @@ UNREAD = {
 # Fields that change where and how fast the same numbers are computed, to rounding.
 LAYOUT = {
     *('model.remat', 'finetune.accumulate', 'finetune.profile_at', 'finetune.profile_steps'),
+    *('finetune.checkpoint_every', 'ranking.batch_size', 'ranking.row_length'),
+    'ranking.max_shapes',
 }
 
 # The stage that each variant of a study has for itself: it tells of all the others.
@@ -153,8 +156,8 @@ class Ledger:
         """What the stage would be made from: the identities of finished stages, and the weights.
 
         Raises:
-          InputError: a stage that it needs is not finished, or the weights are not those that the
-            stage was begun with.
+          InputError: a stage that it needs is not finished, one that it would read was begun and is
+            not, or the weights are not those that the stage was begun with.
         """
         inputs, needed = {}, True
         for name in NEEDS[stage]:
@@ -166,6 +169,11 @@ class Ledger:
                 raise InputError(
                     f'{self.workdir}: the stage {stage} needs the stage {name}, which is not '
                     'finished here; add it to config.stages.'
+                )
+            elif self._read(name, 'started.json') is not None:  # what lies there may be older
+                raise InputError(
+                    f'{self.workdir}: the stage {name} was begun and is not finished; add it to '
+                    'config.stages.'
                 )
         if weights is not None:
             inputs['weights'] = weights
@@ -203,27 +211,28 @@ class Ledger:
     def complete(self, stage: str, inputs: Mapping[str, str]) -> bool:
         """Whether the stage is finished, and was made from these inputs and this config."""
         stored = self._read(stage, 'stage.json')
-        part = config_part(self._config, stage)
-        return stored is not None and stored['inputs'] == inputs and stored['config'] == part
+        if stored is None or stored['inputs'] != inputs:
+            return False
+        return not _changes(stored['config'], config_part(self._config, stage))
 
     def begin(self, stage: str, inputs: Mapping[str, str]) -> float:
         """Notes that the stage is under way; returns the time for `finish`."""
         self._write(stage, 'started.json', inputs)
-        (self.folder(stage) / 'stage.json').unlink(missing_ok=True)
+        self._unlink(stage, 'stage.json')
         return time.monotonic()
 
     def abandon(self, stage: str) -> None:
         """Forgets a stage that ended before it wrote anything, so that the config may change."""
         folder = self.folder(stage)
-        if self._shared:
-            return  # the folder is of this config alone
+        if self._shared or not storage.writes():
+            return  # a shared folder is of this config alone
         if [path.name for path in folder.iterdir()] == ['started.json']:
             _remove(folder)
 
     def finish(self, stage: str, inputs: Mapping[str, str], began: float) -> None:
         """Notes, last of all, that the stage is complete."""
         self._write(stage, 'stage.json', inputs, seconds=round(time.monotonic() - began, 1))
-        (self.folder(stage) / 'started.json').unlink(missing_ok=True)
+        self._unlink(stage, 'started.json')
 
     def seconds(self) -> dict[str, float]:
         """How long each finished stage took in the session that finished it."""
@@ -251,6 +260,10 @@ class Ledger:
     def _write(self, stage: str, name: str, inputs: Mapping[str, str], **more: Any) -> None:
         entry = {'format': FORMAT, 'config': config_part(self._config, stage)}
         storage.write_json(self.folder(stage) / name, entry | {'inputs': dict(inputs)} | more)
+
+    def _unlink(self, stage: str, name: str) -> None:
+        if storage.writes():
+            (self.folder(stage) / name).unlink(missing_ok=True)
 
 
 def _hash(part: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
@@ -289,6 +302,8 @@ def config_part(config: ConfigDict, stage: str) -> dict[str, Any]:
     if stage == 'finetune' and (settings := training_retrieval(config)) is not None:
         part |= flatten(settings, 'retrieval.')
     unread = LAYOUT | UNREAD if stage == 'retrieval' else LAYOUT
+    if config.lora.dropout > 0:
+        unread = unread - {'finetune.accumulate'}  # each part of a batch draws masks of its own
     return {field: value for field, value in part.items() if field not in unread}
 
 
@@ -303,11 +318,17 @@ def flatten(config: ConfigDict, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields that differ; of LAYOUT those that count in both, as older versions had others."""
+    counting = (before.keys() | now.keys()) - (LAYOUT - (before.keys() & now.keys()))
+    return sorted(field for field in counting if before.get(field) != now.get(field))
+
+
 def _first_change(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
     before = stored['config']
-    for field in sorted(before.keys() | wanted.keys()):
+    for field in _changes(before, wanted):
         old, new = before.get(field), wanted.get(field)
-        if old != new and not (field == STEPS and old is not None and new > old):
+        if not (field == STEPS and old is not None and new > old):
             return f'config.{field} was {old!r} there and is {new!r} now'
     return None
 

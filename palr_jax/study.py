@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from palr_jax import pipeline, storage
 from palr_jax.config import check_name, restore, validate
-from palr_jax.errors import InputError
+from palr_jax.errors import InputError, is_local
 from palr_jax.parallel import distributed
 from palr_jax.stages import FOLDERS, STAGES, config_part, flatten
 
@@ -230,8 +230,8 @@ def run_variant(variant: Variant, workdir: epath.PathLike) -> str | None:
     try:
         pipeline.run(variant.config, folder, shared=True)
     except Exception as error:
-        if jax.process_count() > 1 and not isinstance(error, InputError):
-            raise  # the other processes do not know of it
+        if jax.process_count() > 1 and is_local(error):
+            raise  # the others are still in this variant
         if isinstance(error, InputError):
             sentence = str(error)
             logging.error('variant %s: %s', variant.name, sentence)

@@ -1,6 +1,5 @@
 """Studies on made-up data and a tiny model: what is shared, continued, compared and refused."""
 
-import contextlib
 import functools
 import json
 import multiprocessing
@@ -12,17 +11,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 import types
 
 import numpy as np
 import pytest
-from absl import logging
 from ml_collections import ConfigDict
 
 from palr_jax import pipeline, recommend, storage, study, study_report
 from palr_jax.config import check_name, default_config
-from palr_jax.errors import InputError
+from palr_jax.errors import InputError, LocalError
 from palr_jax.evaluation import Run, TargetRanks, render, study_text
 from palr_jax.evaluation import study as report
 from palr_jax.evaluation.metrics import ndcg
@@ -212,6 +209,24 @@ def test_a_bug_in_a_variant_is_reported_and_the_next_command_tries_it_again(tmp_
     assert study.failure(opened.variants[1], tmp_path) is None
 
 
+def test_no_variant_follows_a_failure_that_the_other_processes_do_not_know_of(
+    tmp_path, monkeypatch
+):
+    """They are still in that variant."""
+    ran = []
+
+    def run(config, folder, shared):
+        ran.append(folder.name)
+        raise LocalError('scores.npz: cannot be written (No space left on device).')
+
+    monkeypatch.setattr(pipeline, 'run', run)
+    monkeypatch.setattr(study.jax, 'process_count', lambda: 2)
+    monkeypatch.setattr(study.distributed, 'by_one', lambda work: work())
+    with pytest.raises(LocalError, match='No space left'):
+        study.run(study.open_study(defined(('a', {'seed': 1}))), tmp_path)
+    assert ran == ['base']
+
+
 class Stopped(BaseException):
     """As Ctrl-C: nothing catches it."""
 
@@ -269,24 +284,29 @@ def command(*arguments):
     return done.returncode, done.stdout, errors
 
 
-def hold(folder, ready):
+def hold(folder, ready, release):
     with storage.locked(folder):
         ready.set()
-        time.sleep(1.0)
+        release.wait(60)
 
 
-def test_a_stage_that_another_process_makes_is_waited_for(tmp_path, caplog):
+def test_a_stage_that_another_process_makes_is_waited_for(tmp_path, monkeypatch):
     context = multiprocessing.get_context('spawn')
-    ready = context.Event()
-    other = context.Process(target=hold, args=(tmp_path, ready))
+    ready, release = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, release))
     other.start()
     assert ready.wait(60)
-    with contextlib.ExitStack() as stack:
-        with pytest.raises(InputError, match='in use by another run'):
-            stack.enter_context(storage.locked(tmp_path))
-        with caplog.at_level(logging.INFO):
-            stack.enter_context(storage.locked(tmp_path, wait=True))
-        assert 'waiting for another run (process' in caplog.text
+    with pytest.raises(InputError, match='in use by another run'), storage.locked(tmp_path):
+        pass
+    told = []
+
+    def info(text, *values):
+        told.append(text % values)
+        release.set()
+
+    monkeypatch.setattr(storage.logging, 'info', info)
+    with storage.locked(tmp_path, wait=True):
+        assert 'waiting for another run (process' in told[0]
     other.join()
 
 

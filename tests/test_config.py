@@ -81,6 +81,21 @@ def test_not_a_number_is_refused():
         validate(changed('finetune.learning_rate', float('nan')))
 
 
+@pytest.mark.parametrize(
+    ('field', 'value', 'allowed'),
+    [
+        ('evaluation.ks', (0, 5), 'int, 1 or larger'),
+        ('ranking.fusion_weights', (0.0, float('inf')), 'float, 0 or larger'),
+        ('ranking.fusion_weights', (0.0, float('nan')), 'float, 0 or larger'),
+        ('ranking.fusion_weights', (0.5, 1.0), 'a weight of 0 among them'),
+    ],
+)
+def test_every_entry_of_a_tuple_is_checked(field, value, allowed):
+    """Before the stage that reads it, the last ones of a run."""
+    with pytest.raises(InputError, match=rf'config\.{re.escape(field)} is .*{allowed}'):
+        validate(changed(field, value))
+
+
 def test_a_misspelt_field_gets_the_nearest_name():
     config = default_config()
     config.finetune.stepz = 3

@@ -26,7 +26,7 @@ def parse(tmp_path, monkeypatch, capsys):
     file = tmp_path / 'defaults.py'
     file.write_text('from palr_jax.config import default_config as get_config\n')
 
-    def run(*arguments):
+    def run(*arguments, file=file):
         argv = ['main', f'--config={file}', *arguments]
         holder = flags.FlagValues()
         monkeypatch.setattr(flags, 'FLAGS', holder)  # what cli fills; each call is a new program
@@ -51,7 +51,7 @@ def another(field, default):
     if field in MEMBERS:
         return f"('{MEMBERS[field][-1]}',)", [MEMBERS[field][-1]]
     if isinstance(default, list):
-        return '(3, 7)', [3, 7]
+        return '(0, 3, 7)' if 0 in default else '(3, 7)', [0, 3, 7] if 0 in default else [3, 7]
     if field in CHOICES:
         value = next(choice for choice in CHOICES[field] if choice != default)
         return value, value
@@ -92,6 +92,9 @@ def test_every_field_refuses_a_wrong_type_in_one_sentence(field, parse):
     assert '; allowed: ' in error
     if isinstance(default, bool | int | float):
         assert error.endswith(f'a value of type {type(default).__name__}.')
+    if isinstance(default, list) and field not in MEMBERS:
+        _, error = parse(f'--config.{field}=(0.0,')
+        assert error == f'config.{field}=(0.0,; allowed: a value of type tuple.'
     if type(default) is int:
         _, error = parse(f'--config.{field}=1.5')
         assert error == f'config.{field}=1.5; allowed: a value of type int.'
@@ -143,6 +146,41 @@ def test_g05_fragments_of_tuples_and_odd_numbers_are_refused(argument, parse):
     _, error = parse(f'--config.{argument}')
     assert error.startswith(f'config.{argument.partition("=")[0]}')
     assert '; allowed: ' in error
+
+
+@pytest.mark.parametrize(
+    ('text', 'told'),
+    [
+        ('config.finetun.steps = 3', 'AttributeError: \'finetun\' Did you mean "finetune"'),
+        ('import palr_jaxx', "ModuleNotFoundError: No module named 'palr_jaxx'"),
+        ('None + 1', 'TypeError: unsupported operand'),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_told_with_its_line(text, told, parse, tmp_path):
+    file = tmp_path / 'wrong.py'
+    file.write_text(
+        'from palr_jax.config import default_config\ndef get_config():\n'
+        f'    config = default_config()\n    {text}\n'
+    )
+    _, error = parse(file=file)
+    assert error.startswith((f'{file}, line 4: {told}', f'flag --config={file}: '))
+    assert told in error
+
+
+def test_what_is_no_config_file_and_an_argument_too_many_are_told(parse, tmp_path):
+    (tmp_path / 'README.md').write_text("It's a text.")
+    _, error = parse(file=tmp_path / 'README.md')
+    assert 'README.md, line 1' in error
+    _, error = parse(file=f'{ROOT / "configs" / "demo.py"}:x')
+    assert error == (
+        f'flag --config={ROOT}/configs/demo.py:x: Error whilst parsing config file: '
+        'TypeError: get_config() takes 0 positional arguments but 1 was given'
+    )
+
+
+def test_a_wrong_value_of_two_lines_is_told_in_one(parse):
+    _, error = parse('--config.seed=1\n2')
+    assert error == 'config.seed=1 2; allowed: a value of type int.'
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from palr_jax import metric_writer
-from palr_jax.errors import InputError
+from palr_jax.errors import InputError, LocalError
 from palr_jax.metric_writer import MetricWriter
 
 
@@ -116,6 +116,21 @@ def test_tensorboard_gets_the_scalars_and_hides_what_is_repeated(tmp_path):
     assert starts == [2]
 
 
+def test_a_full_disk_is_one_sentence_which_the_process_that_writes_has_alone(tmp_path):
+    writer = MetricWriter(tmp_path)
+    writer._file.close()
+    writer._file = open('/dev/full', 'a')  # noqa: SIM115
+    full = pytest.raises(LocalError, match=r'metrics\.jsonl: cannot be written \(No space left')
+    with full, writer:
+        writer.write(0, 'finetune', loss=1.0)
+
+
+def test_a_damaged_file_is_met_by_the_process_that_writes_alone(tmp_path):
+    (tmp_path / 'metrics.jsonl').write_text('garbage\n')
+    with pytest.raises(LocalError):
+        MetricWriter(tmp_path)
+
+
 def test_words_are_no_metrics(tmp_path):
     with MetricWriter(tmp_path) as writer, pytest.raises(TypeError, match='must be a number'):
         writer.write(0, 'finetune', loss='low')
@@ -134,5 +149,9 @@ def test_where_nothing_can_be_appended_the_file_is_uploaded_whole(tmp_path, monk
         writer.write(2, 'finetune', loss=0.0)
         assert [line['step'] for line in lines(tmp_path)] == [0, 1, 2]
         writer.write(3, 'finetune', loss=0.0)
-    assert [line['step'] for line in lines(tmp_path)] == [0, 1, 2, 3]
+        assert len(lines(tmp_path)) == 3
+        writer.flush()
+        assert len(lines(tmp_path)) == 4
+        writer.write(4, 'finetune', loss=0.0)
+    assert [line['step'] for line in lines(tmp_path)] == [0, 1, 2, 3, 4]
     assert not (tmp_path / 'tensorboard').exists()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from palr_jax import stages, storage
 from palr_jax.config import default_config
 from palr_jax.errors import InputError
 from palr_jax.stages import (
@@ -96,6 +97,25 @@ def test_a_stage_that_wrote_nothing_binds_nothing(tmp_path):
     assert sorted(p.name for p in (tmp_path / 'data').iterdir()) == ['half', 'started.json']
 
 
+def test_a_process_that_only_reads_leaves_the_notes_to_the_one_that_writes(tmp_path, monkeypatch):
+    writes, reads = (Ledger(default_config(), tmp_path, overwrite=False) for _ in range(2))
+    began = writes.begin('data', {})
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, '_reads_only', True)
+        reads.finish('data', {}, began)
+        reads.abandon('data')
+        assert [path.name for path in (tmp_path / 'data').iterdir()] == ['started.json']
+    writes.finish('data', {}, began)
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, '_reads_only', True)
+        reads.begin('data', {})
+        assert [path.name for path in (tmp_path / 'data').iterdir()] == ['stage.json']
+    writes.begin('data', {})
+    writes.abandon('data')
+    monkeypatch.setattr(storage, '_reads_only', True)
+    reads.abandon('data')
+
+
 def test_the_same_command_again_does_nothing(tmp_path):
     assert finish(tmp_path, default_config(), STAGES) == list(STAGES)
     assert finish(tmp_path, default_config(), STAGES) == []
@@ -123,6 +143,28 @@ def test_overwrite_redoes_that_stage_and_the_later_ones_only(tmp_path):
     assert finish(tmp_path, config, STAGES, overwrite=True) == ['finetune', 'ranking', 'report']
     assert not (tmp_path / 'ranking' / 'scores').exists()
     assert (tmp_path / 'data' / 'kept').exists()
+
+
+@pytest.mark.parametrize('older', [True, False])
+def test_how_the_work_is_laid_out_may_change(tmp_path, monkeypatch, older):
+    """Also where an older version noted how it was."""
+    with monkeypatch.context() as patch:
+        if older:
+            patch.setattr(stages, 'LAYOUT', {'model.remat', 'finetune.accumulate'})
+        assert finish(tmp_path, default_config(), STAGES) == list(STAGES)
+    config = default_config()
+    config.ranking.update({'batch_size': 8, 'row_length': 32, 'max_shapes': 1})
+    config.finetune.update({'checkpoint_every': 9, 'accumulate': 2})
+    assert finish(tmp_path, config, STAGES) == []
+
+
+def test_parts_of_a_batch_count_where_each_draws_a_dropout_of_its_own(tmp_path):
+    config = default_config()
+    config.lora.dropout = 0.1
+    finish(tmp_path, config, STAGES)
+    config.finetune.accumulate = 2
+    with pytest.raises(InputError, match=r'finetune\.accumulate was 1 there and is 2 now'):
+        Ledger(config, tmp_path, overwrite=False)
 
 
 def test_overwrite_without_a_change_removes_nothing(tmp_path):
@@ -166,6 +208,25 @@ def test_ranking_is_redone_once_there_is_an_adapter(tmp_path):
     config = default_config()
     finish(tmp_path, config, ['data', 'retrieval', 'ranking', 'report'])
     assert finish(tmp_path, config, STAGES) == ['finetune', 'ranking', 'report']
+
+
+@pytest.mark.parametrize('stage', ['finetune', 'ranking'])
+def test_what_an_unfinished_stage_has_left_is_not_read(tmp_path, stage):
+    """Interrupted in a longer run, and then left out: its folder holds what it made before."""
+    config = default_config()
+    finish(tmp_path, config, STAGES)
+    config.finetune.steps += 1
+    stages = STAGES[: STAGES.index(stage)]
+    finish(tmp_path, config, stages)
+    ledger = Ledger(config, tmp_path, overwrite=False)
+    ledger.begin(stage, ledger.inputs(stage, 'w'))
+    later = STAGES[STAGES.index(stage) + 1 :]
+    with pytest.raises(InputError) as error:
+        finish(tmp_path, config, later)
+    assert str(error.value) == (
+        f'{tmp_path}: the stage {stage} was begun and is not finished; add it to config.stages.'
+    )
+    assert finish(tmp_path, config, STAGES) == list(STAGES[len(stages) :])
 
 
 def test_other_weights_under_the_same_path_are_refused(tmp_path):

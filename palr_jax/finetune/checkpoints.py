@@ -46,8 +46,12 @@ class Checkpoints:
         """The newest step that is whole; 0 is none."""
         return self._manager.latest_step() or 0
 
-    def save(self, step: int, adapter: Params, state: optax.OptState, *, last: bool) -> None:
-        """Begins to write the step, if it is due or the last.
+    def due(self, step: int) -> bool:
+        """Whether the step is one of those in the folder, or the machine ends before the next."""
+        return self._manager.should_save(step)
+
+    def save(self, step: int, adapter: Params, state: optax.OptState) -> None:
+        """Begins to write the step.
 
         Raises:
           InputError: this step or the one before it cannot be written.
@@ -55,7 +59,7 @@ class Checkpoints:
         items = ocp.args.StandardSave({'adapter': adapter, 'state': state})
         about = {'format': FORMAT, 'trained': describe(adapter)}
         try:
-            self._manager.save(step, args=items, force=last, custom_metadata=about)
+            self._manager.save(step, args=items, force=True, custom_metadata=about)
         except (OSError, ValueError) as error:
             raise self._unwritten(error) from error
 

@@ -276,8 +276,9 @@ def train(
                     tokens_per_second=work.tokens / seconds,
                     model_flops_utilisation=utilisation(program, work, seconds, mesh),
                 )
-                last = step + 1 == config.steps
-                checkpoints.save(step + 1, adapter, state, last=last)
+                if step + 1 == config.steps or checkpoints.due(step + 1):
+                    writer.flush()  # first: a run that goes on from there does not write it again
+                    checkpoints.save(step + 1, adapter, state)
                 progress.update(note=f'loss {metrics["loss"]:.3f}')
         checkpoints.wait()
     return adapter

@@ -7,13 +7,15 @@ fine-tuning and ranking are one program over all devices. Process 0 alone writes
 checkpoints, of which Orbax lets each process write its shards.
 """
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,13 +24,14 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from palr_jax import storage
-from palr_jax.errors import BAD_INPUT, InputError, LocalError
+from palr_jax import __version__, storage
+from palr_jax.errors import BAD_INPUT, InputError, is_local
 
 Result = TypeVar('Result')
 
 ENVIRONMENT = ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 HEARTBEAT = 30  # seconds of silence after which a process counts as dead
+BUG = 1  # exit status, as Python's own
 LOST = 142  # exit status of a process that has lost another; xpk restarts on 127 to 255
 CARD_BYTES = 512  # of what a process says of itself
 MESSAGE_BYTES = 2048
@@ -118,13 +121,19 @@ def preflight(config_hash: str) -> list[dict[str, Any]]:
 
 def revision() -> str:
     """Of the checkout that this code lies in, with + where it was changed; else its version."""
-    folder = Path(__file__).parent
-    git = ['git', '-C', str(folder), 'describe', '--always', '--dirty=+', '--abbrev=12']
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*command: str) -> str:
+        run = ['git', '-C', str(root), *command]
+        return subprocess.run(run, capture_output=True, text=True, check=False).stdout.strip()
+
     try:
-        found = subprocess.run(git, capture_output=True, text=True, check=False)
+        # An installed package may lie in the checkout of something else.
+        if git('rev-parse', '--show-toplevel') == str(root):
+            return git('describe', '--always', '--dirty=+', '--abbrev=12') or __version__
     except FileNotFoundError:
-        return 'unknown'
-    return found.stdout.strip() or 'unknown'
+        pass
+    return __version__
 
 
 def is_writer() -> bool:
@@ -136,24 +145,27 @@ def by_one(work: Callable[[], None]) -> None:
     """Process 0 works, the others wait and end as it does.
 
     Raises:
-      InputError: what `work` raised, in every process.
+      InputError: what `work` raised, in every process; of several, all know of it then.
     """
     if jax.process_count() == 1:
         work()
         return
-    problem, failure = '', None
+    problem, failure, interrupt = '', None, None
     if is_writer():
         try:
             work()
         except InputError as error:
             problem, failure = str(error), error
-        except BaseException as error:
+        except Exception as error:
+            logging.exception('process 0')  # a bug: its traceback is wanted
             problem, failure = f'process 0 ended: {type(error).__name__}: {error}', error
+        except BaseException as error:
+            problem, interrupt = f'process 0 ended: {type(error).__name__}', error
     (problem, *_) = _gather_text(problem, MESSAGE_BYTES)
-    if failure is not None:
-        raise failure
+    if interrupt is not None:
+        raise interrupt
     if problem:
-        raise InputError(problem)
+        raise InputError(problem) from failure
 
 
 def in_turn(work: Callable[[], Result]) -> Result:
@@ -205,10 +217,25 @@ def leave(error: Exception) -> None:
     os._exit(LOST)
 
 
-def leave_others(error: LocalError) -> None:
+def leave_others(error: Exception) -> None:
     """Ends this process, whose fault the others will see as its end; see `leave`."""
-    print(f'error: {error}', file=sys.stderr, flush=True)
-    os._exit(BAD_INPUT)
+    if isinstance(error, InputError | OSError):
+        print(f'error: {error}', file=sys.stderr, flush=True)
+        os._exit(BAD_INPUT)
+    traceback.print_exception(error)
+    os._exit(BUG)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Ends this process at once where the others do not end as it does, or one has ended before."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() > 1 and is_local(error):
+            lost = not isinstance(error, InputError) and lost_a_peer(error)
+            (leave if lost else leave_others)(error)
+        raise
 
 
 def first_line(error: BaseException) -> str:

@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from palr_jax import metric_writer
 from palr_jax.errors import InputError
 from palr_jax.finetune import checkpoints as checkpoints_module
 from palr_jax.finetune.checkpoints import Checkpoints
@@ -207,6 +208,25 @@ def test_a_run_in_two_pieces_is_the_run_in_one(
     assert_same_bits(run(base, tmp_path), expected)
     assert curve(tmp_path) == curve(folder)
     assert [line['step'] for line in curve(tmp_path)] == list(range(1, 11))
+
+
+def test_where_nothing_can_be_appended_no_step_of_a_preempted_run_is_missing(
+    base, uninterrupted, tmp_path, monkeypatch
+):
+    """Told in step 6 and gone in step 7, without a word."""
+    folder, expected = uninterrupted
+    monkeypatch.setattr(metric_writer, '_is_remote', lambda path: True)
+    manager = checkpoints_module.ocp.CheckpointManager
+    with monkeypatch.context() as patch:
+        dies_at(patch, 7)
+        patch.setattr(MetricWriter, 'close', lambda self: None)
+        patch.setattr(manager, 'reached_preemption', lambda self, step: step == 6)
+        with pytest.raises(Killed):
+            run(base, tmp_path)
+    assert steps_stored(tmp_path) == [4, 6]
+    assert [line['step'] for line in curve(tmp_path)] == list(range(1, 7))
+    assert_same_bits(run(base, tmp_path), expected)
+    assert curve(tmp_path) == curve(folder)
 
 
 @pytest.mark.slow

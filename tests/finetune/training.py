@@ -1,6 +1,9 @@
-"""Trains a tiny model in a process of its own: `training.py WORKDIR [STEPS]` (see test_kill.py).
+"""Trains a tiny model in a process of its own (see test_kill.py).
 
-Each step takes at least a twentieth of a second, so that there is a middle to be killed in.
+    training.py WORKDIR [STEPS [STOP]]
+
+After step STOP it does nothing more but wait for the end. Each step takes at least a twentieth of a
+second, so that there is a middle to be killed in.
 """
 
 import hashlib
@@ -37,16 +40,16 @@ SETTINGS = {
 }
 
 
-def main(workdir, steps=SETTINGS['steps']):
+def main(workdir, steps=SETTINGS['steps'], stop=None):
     rng = np.random.default_rng(0)
     examples = [Tokens(rng.integers(0, 41, n).astype(np.int32), n - 4) for n in LENGTHS]
     base = jax.tree.map(jnp.asarray, random_params(MODEL, seed=1))
     program = Program(MODEL, LoraSpec(4, 8.0, ('q', 'v')), jnp.float32)
     write = MetricWriter.write
 
-    def slowly(self, *args, **scalars):
-        write(self, *args, **scalars)
-        time.sleep(0.05)
+    def slowly(self, step, stage, **scalars):
+        write(self, step, stage, **scalars)
+        time.sleep(3600 if str(step) == stop else 0.05)
 
     MetricWriter.write = slowly
     settings = ConfigDict(SETTINGS | {'steps': int(steps)})

@@ -12,11 +12,15 @@ import pytest
 
 LOCAL = Path(__file__).parents[2] / 'launch' / 'local.py'
 _MAIN = """
-import os, sys, time
+import os, signal, sys, time
 index = os.environ.get('JAX_PROCESS_ID')
 told = index, os.environ.get('JAX_NUM_PROCESSES'), os.environ.get('JAX_COORDINATOR_ADDRESS')
 # In one piece: two processes may write to one pipe.
 os.write(1, (' '.join(map(str, told)) + f'\\n{sys.argv[1:]}\\n').encode())
+if '--wait' in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('saved'))
+    print('ready', flush=True)
+    time.sleep(60)
 if '--fail' in sys.argv and index in ('1', None):
     sys.exit(2)
 if '--fail' in sys.argv:
@@ -55,6 +59,20 @@ def test_one_process_is_a_plain_run(local):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "None None None\n['--config=c.py', '--workdir=a b']\n"
     assert local('-- --fail').returncode == 2
+
+
+def test_a_signal_reaches_the_one_process_which_ends_as_it_likes(local, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, '-S', LOCAL, '--', '--wait'],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert 'ready\n' in iter(process.stdout.readline, '')
+    process.terminate()
+    assert process.communicate(timeout=60)[1].endswith('\nsaved\n')
+    assert process.returncode == 1
 
 
 def test_several_processes_are_told_of_each_other(local):

@@ -1,5 +1,6 @@
 """launch/slurm.py against stand-ins of sbatch and squeue, and the job script in bash."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -74,41 +75,54 @@ def test_status_logs_and_delete(desk, one_sentence):
     assert desk.dry_run('slurm.py', 'logs palr')[1][0] == 'tail'
 
 
-def _job(tmp_path, program, **variables):
-    """Starts the job script, with srun running `program` and the other tools only recorded."""
-    tools = {
-        'srun': 'shift; exec "$@"',
-        'scancel': f'echo "scancel $@" >> {tmp_path}/calls; kill $(cat {tmp_path}/up)',
-        'scontrol': f'echo "scontrol $@" >> {tmp_path}/calls',
-        'program': program,
-    }
-    for tool, text in tools.items():
-        (tmp_path / tool).write_text(f'#!/usr/bin/env bash\n{text}\n')
-        (tmp_path / tool).chmod(0o755)
-    return subprocess.Popen(
-        ['bash', SCRIPT, 'program', 'an argument'],
-        env={
-            'PATH': f'{tmp_path}{os.pathsep}{os.environ["PATH"]}',
-            'SLURM_JOB_ID': '4711',
-            **variables,
-        },
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    )
+@pytest.fixture
+def start_job(tmp_path):
+    """Starts the job script, with srun running a program and the other tools only recorded."""
+    jobs = []
+
+    def start(program, **variables):
+        tools = {
+            'srun': 'shift; exec "$@"',
+            'scancel': f'echo "scancel $@" >> {tmp_path}/calls; kill $(cat {tmp_path}/up)',
+            'scontrol': f'echo "scontrol $@" >> {tmp_path}/calls',
+            'program': program,
+        }
+        for tool, text in tools.items():
+            (tmp_path / tool).write_text(f'#!/usr/bin/env bash\n{text}\n')
+            (tmp_path / tool).chmod(0o755)
+        job = subprocess.Popen(
+            ['bash', SCRIPT, 'program', 'an argument'],
+            env={
+                'PATH': f'{tmp_path}{os.pathsep}{os.environ["PATH"]}',
+                'SLURM_JOB_ID': '4711',
+                **variables,
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            start_new_session=True,
+        )
+        jobs.append(job)
+        return job
+
+    yield start
+    for job in jobs:
+        with contextlib.suppress(ProcessLookupError):  # no process of it is left
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
 
 
-def test_the_job_ends_as_its_program_does(tmp_path):
-    job = _job(tmp_path, 'echo "got $1"; exit 3')
+def test_the_job_ends_as_its_program_does(start_job):
+    job = start_job('echo "got $1"; exit 3')
     assert job.communicate(timeout=20)[0] == 'got an argument\n'
     assert job.returncode == 3
 
 
-def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path):
-    program = (
-        f'trap "echo saved; exit 143" TERM\necho $$ > {tmp_path}/up\nwhile :; do sleep 0.1; done'
+def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path, start_job):
+    job = start_job(
+        f'trap "echo saved; exit 143" TERM\necho $$ > {tmp_path}/up.tmp\n'
+        f'mv {tmp_path}/up.tmp {tmp_path}/up\nwhile :; do sleep 0.1; done'
     )
-    job = _job(tmp_path, program)
     _await(tmp_path / 'up')
     job.send_signal(signal.SIGUSR1)
     said = job.communicate(timeout=20)[0]
@@ -120,22 +134,21 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path):
 
 
 @pytest.mark.parametrize('command', ['srun', 'wait'])
-def test_a_signal_as_the_run_is_started_queues_the_job_again(tmp_path, command):
+def test_a_signal_as_the_run_is_started_queues_the_job_again(tmp_path, start_job, command):
     # Before each command bash looks whether it is the one that the signal shall precede.
     (tmp_path / 'early').write_text(
         f"trap 'case $BASH_COMMAND in {command}*) trap - DEBUG; kill -USR1 $$;; esac' DEBUG\n"
     )
     program = f'echo $$ > {tmp_path}/up; sleep 1; echo end'
-    job = _job(tmp_path, program, BASH_ENV=str(tmp_path / 'early'))
+    job = start_job(program, BASH_ENV=str(tmp_path / 'early'))
     assert 'job 4711 is queued again' in job.communicate(timeout=20)[0]
     assert (tmp_path / 'calls').read_text() == (
         'scancel --signal=TERM 4711\nscontrol requeue 4711\n'
     )
 
 
-def test_a_job_that_was_queued_too_often_is_not_queued_again(tmp_path):
-    job = _job(
-        tmp_path,
+def test_a_job_that_was_queued_too_often_is_not_queued_again(tmp_path, start_job):
+    job = start_job(
         f'touch {tmp_path}/up; sleep 1; echo end',
         SLURM_RESTART_COUNT='2',
         PALR_MAX_RETRIES='2',

@@ -1,12 +1,15 @@
 """launch/tpu_vm.py against a stand-in of gcloud."""
 
 import json
+import shlex
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
+LAUNCH = Path(__file__).parents[2] / 'launch'
 RUN = (
     'run palr --zone=us-west4-a --type=v5litepod-16 --interval=0 --repository=https://host/x.git '
     '--revision=abc123'
@@ -208,6 +211,22 @@ def test_lost_connection_to_machines_that_are_there_is_made_again(desk):
 def test_machines_that_never_answer_end_with_one_sentence(desk, one_sentence):
     desk.script(('describe', queued('ACTIVE')), (FOLLOW, [LOST_CONNECTION]))
     assert 'does not answer' in one_sentence(desk('tpu_vm.py', f'{RUN} {MAIN}'))
+
+
+def test_connections_of_a_long_run_that_are_lost_now_and_then_are_all_made_again(desk):
+    desk.script(('describe', queued('ACTIVE')), (FOLLOW, [LOST_CONNECTION] * 21 + [{}]))
+    program = 'import tpu_vm; tpu_vm.LASTED = 0.0; tpu_vm.launch(tpu_vm.main)'
+    python, *options, _ = desk.command('tpu_vm.py', '')
+    done = subprocess.run(
+        [python, *options, '-c', program, *shlex.split(f'{RUN} {MAIN}')],
+        env=desk.environment() | {'PYTHONPATH': str(LAUNCH)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert verbs(desk.calls).count('follow') == 22
 
 
 def test_a_run_that_a_reboot_ended_is_started_again(desk):

@@ -1,6 +1,7 @@
 """What launch/tpu_vm.py runs on the workers, run for real in bash, with stand-ins of git and uv."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,15 @@ def test_a_run_goes_on_without_its_caller_and_is_followed_to_its_end(worker):
     assert followed.returncode == 0
     assert "it's done\nthe run ended with status 0\n" in followed.stdout
     assert worker.follow().returncode == 0  # again, after the end
+
+
+def test_the_end_of_the_log_is_shown_on_a_slow_machine(worker):
+    """Where the run is over before its log is opened."""
+    tail = worker.home / 'bin' / 'tail'
+    tail.write_text(f'#!/bin/sh\nsleep 1.5\nexec {shutil.which("tail")} "$@"\n')
+    tail.chmod(0o755)
+    worker.start('echo the last line')
+    assert worker.follow().stdout == 'the last line\nthe run ended with status 0\n'
 
 
 def test_a_failing_run_is_told_from_a_lost_connection(worker):

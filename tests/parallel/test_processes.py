@@ -147,6 +147,52 @@ def test_a_full_disk_ends_all_and_the_run_goes_on_with_room(launch, finish, conf
     assert losses(workdir) == losses(reference)
 
 
+def test_bad_data_is_one_sentence_of_every_process(launch, finish, config_file, tmp_path):
+    wrong = command(config_file, tmp_path / 'w', '--config.data.path=/nowhere')
+    for status, output in finish(launch(wrong, 2, devices=2)):
+        assert status == 2, output
+        assert 'error: config.data.path: /nowhere does not exist' in output
+        assert 'Traceback' not in output
+
+
+# The base has a bug in what process 0 does alone; in the next variant, in the middle of what all do
+# together, process 0 cannot write.
+STUDY = """
+import runpy
+import numpy as np
+from palr_jax import pipeline, storage
+from palr_jax.parallel import distributed
+def run(config, folder, shared):
+    if folder.name == 'base':
+        distributed.by_one(lambda: 1 / 0)
+    for step in range(100):
+        distributed.gather(np.array([step]))
+        if step == 3:
+            storage.write_text(folder / 'config.json' / 'scores', '')
+pipeline.run = run
+runpy.run_module('palr_jax.ablate', run_name='__main__', alter_sys=True)
+"""
+
+
+def test_what_process_0_alone_meets_ends_all(launch, finish, tmp_path):
+    config, workdir = tmp_path / 'study.py', tmp_path / 'study'
+    config.write_text(
+        'from palr_jax.config import default_config\nfrom palr_jax.study import define\n'
+        "def get_config(): return define('s', default_config(), ('a', {'seed': 1}))\n"
+    )
+    blocked = workdir / 'variants' / 'a' / 'config.json'
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text('{}')
+    flags = ['--distributed', '--wait=60', f'--config={config}', f'--workdir={workdir}']
+    ended = finish(launch(['-c', STUDY, *flags], 2), 90)
+    outputs = '\n'.join(e.output for e in ended)
+    assert outputs.count('variant base: process 0 ended: ZeroDivisionError') == 2
+    assert ended[0].status == 2, outputs
+    assert 'error: ' in ended[0].output
+    assert 'config.json/scores: cannot be written' in ended[0].output
+    assert ended[1].status not in (0, 2), outputs
+
+
 def test_a_process_with_another_config_is_named(launch, finish, config_file, tmp_path):
     group = [
         *launch(command(config_file, tmp_path / 'w'), 2, only=(0,), devices=2),
