@@ -21,7 +21,8 @@ demo: $(VENV)/installed
 	$(BIN)/python -m palr_jax.main --config=configs/demo.py --workdir=runs/demo
 
 # Most of a test's time is compiling. So LLVM leaves its optimisations out, which changes no result
-# beyond rounding (XLA's own passes run; test-more has all of it), and tests share what they compile.
+# beyond rounding (XLA's own passes run), and tests share what they compile. The tests against PyTorch
+# and for TPUs compile as users do.
 test: $(VENV)/installed
 	rm -rf $(VENV)/programs
 	JAX_COMPILATION_CACHE_DIR=$(CURDIR)/$(VENV)/programs JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1 \
@@ -29,7 +30,8 @@ test: $(VENV)/installed
 
 test-more: $(VENV)/installed
 	$(INSTALL) -e '.[test,torch,tpu_backend,browser]'
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not ($(ELSEWHERE))"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not ($(ELSEWHERE)) and not multiprocess"
+	JAX_PLATFORMS=cpu $(UNOPTIMIZED) $(BIN)/python -m pytest -m multiprocess
 
 # Without the constraints: apache-beam wants an older protobuf than everything else here.
 test-beam:
