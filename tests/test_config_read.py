@@ -114,7 +114,7 @@ def test_every_field_is_read_and_one_that_nothing_reads_is_found(
         made.update_from_flattened_dict(SMALL | inputs | changes)
         watch(made)
         pipeline.run(made, tmp_path / name)
-    with pytest.raises(InputError, match="config.mesh.hardware is ''"):
+    with pytest.raises(InputError, match=r"config\.mesh\.hardware is ''"):
         compile_check.check(made, '', [], 8)  # the one reader of mesh.hardware
     made.tasks.recommend_retrieval = 1.0  # of similar candidates, which neither run has
     llm_input.drawn_examples(Project(made, tmp_path / 'untuned'), [0])
