@@ -181,7 +181,7 @@ def open_files(path: epath.PathLike) -> RawFiles:
             with zipfile.ZipFile(stream) as archive:
                 found = {info.filename: info.file_size for info in archive.infolist()}
     # Damage may also read as a version that zipfile does not know, or as a name that is not UTF-8.
-    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError) as error:
+    except (zipfile.BadZipFile, RuntimeError, UnicodeDecodeError) as error:
         raise InputError(f'{path}: {_not_a_zip(start)}.') from error
     except OSError as error:
         raise InputError(f'{path}: cannot be read ({error.strerror or error}).') from error
